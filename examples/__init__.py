@@ -1,0 +1,1 @@
+"""Training programs that show GPA at work; run them with ``python -m``."""

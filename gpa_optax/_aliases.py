@@ -1,0 +1,336 @@
+"""GPA around the usual base optimizers, with the base's own arguments after `mu_x` and `mu_y`."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import optax
+from optax.contrib import muon
+
+from gpa_optax._gpa import gpa
+
+# A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
+MaskOrFn = Any | Callable[[optax.Params], Any] | None
+
+
+def gpa_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_y: optax.ScalarOrSchedule = 0.7,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: MaskOrFn = None,
+    *,
+    nesterov: bool = False,
+    base_params: str = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around AdamW, the paper's main setting.
+
+    .. math::
+
+      \begin{align*}
+        m_{t+1} &= \beta_1 m_t + (1 - \beta_1)\, g_t, \qquad
+        v_{t+1} = \beta_2 v_t + (1 - \beta_2)\, g_t^2, \qquad g_t = \nabla f(y_t) \\
+        z_{t+1} &= z_t - \eta_t \left( \frac{\hat m_{t+1}}{\sqrt{\hat v_{t+1}} + \epsilon}
+          + \lambda z_t \right) \\
+        x_{t+1} &= \mu_x\, x_t + (1 - \mu_x)\, z_{t+1} \\
+        y_{t+1} &= \mu_y\, x_{t+1} + (1 - \mu_y)\, z_{t+1}
+      \end{align*}
+
+    With ``b1=0`` the interpolation ``mu_y`` is the only momentum, and no first moment is kept: the
+    params, v and x are then three buffers, as many as AdamW's.
+
+    Args:
+      learning_rate: AdamW's learning rate, a float or a schedule of the step count.
+      mu_x: how slowly the average moves; see `gpa`.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      b1: decay of the first moment. A float 0 saves its buffer; injected by
+        `optax.inject_hyperparams` it does not, unless named in its ``static_args``.
+      b2: decay of the second moment.
+      eps: added to the denominator outside the square root.
+      eps_root: added to the denominator inside the square root.
+      mu_dtype: the dtype of the first moment; default: that of `gpa`'s z.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; a float or a schedule.
+      mask: the leaves that decay: a tree of booleans like the params or a prefix of it, or a
+        function that makes one of the params.
+      nesterov: whether to use Nesterov momentum within Adam.
+      base_params: where weight decay acts, "z" or "y"; see `gpa`.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError, ValueError: as `gpa`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import eval_params, gpa_adamw
+      >>> optimizer = gpa_adamw(0.1, mu_x=0.9, mu_y=0.9, b1=0.0)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(300):
+      ...     grads = jax.grad(lambda w: jnp.sum((w - 1.0) ** 2))(params)
+      ...     updates, opt_state = optimizer.update(grads, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.allclose(eval_params(opt_state, params), 1.0, atol=0.05)))
+      True
+
+    References:
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    if isinstance(b1, (int, float)) and b1 == 0 and isinstance(eps_root, (int, float)) and eps_root == 0:
+        # The same update as optax.adamw's, without a first moment that is always the gradient.
+        base = optax.chain(
+            optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    else:
+        base = optax.adamw(
+            learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov
+        )
+    return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
+
+
+def gpa_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_y: optax.ScalarOrSchedule = 0.7,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+    *,
+    base_params: str = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around SGD: with ``mu_x=mu_y`` and no momentum, Nesterov's method.
+
+    .. math::
+
+      \begin{align*}
+        z_{t+1} &= z_t - \eta_t\, \nabla f(y_t) \\
+        x_{t+1} &= \mu_x\, x_t + (1 - \mu_x)\, z_{t+1} \\
+        y_{t+1} &= \mu_y\, x_{t+1} + (1 - \mu_y)\, z_{t+1}
+      \end{align*}
+
+    Args:
+      learning_rate: SGD's learning rate, a float or a schedule of the step count.
+      mu_x: how slowly the average moves; see `gpa`.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      momentum: decay of SGD's own momentum; None for none.
+      nesterov: whether that momentum is Nesterov's.
+      accumulator_dtype: the dtype of the momentum; default: that of `gpa`'s z.
+      base_params: "z" or "y"; SGD itself makes no use of its params.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError, ValueError: as `gpa`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import eval_params, gpa_sgd
+      >>> optimizer = gpa_sgd(0.5, mu_x=0.9, mu_y=0.9)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(200):
+      ...     updates, opt_state = optimizer.update(params, opt_state, params)  # of 0.5 * w**2
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.abs(eval_params(opt_state, params)).max() < 1e-3))
+      True
+
+    References:
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    base = optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype)
+    return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
+
+
+def gpa_lion(
+    learning_rate: optax.ScalarOrSchedule,
+    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_y: optax.ScalarOrSchedule = 0.7,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    mu_dtype: Any = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: MaskOrFn = None,
+    *,
+    base_params: str = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around Lion.
+
+    .. math::
+
+      \begin{align*}
+        z_{t+1} &= z_t - \eta_t \left( \mathrm{sign}(\beta_1 m_t + (1 - \beta_1)\, g_t)
+          + \lambda z_t \right), \qquad g_t = \nabla f(y_t) \\
+        m_{t+1} &= \beta_2 m_t + (1 - \beta_2)\, g_t \\
+        x_{t+1} &= \mu_x\, x_t + (1 - \mu_x)\, z_{t+1} \\
+        y_{t+1} &= \mu_y\, x_{t+1} + (1 - \mu_y)\, z_{t+1}
+      \end{align*}
+
+    Args:
+      learning_rate: Lion's learning rate, a float or a schedule of the step count.
+      mu_x: how slowly the average moves; see `gpa`.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      b1: rate by which momentum and gradient are combined for the update.
+      b2: decay of the momentum.
+      mu_dtype: the dtype of the momentum; default: that of `gpa`'s z.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; a float or a schedule.
+      mask: the leaves that decay: a tree of booleans like the params or a prefix of it, or a
+        function that makes one of the params.
+      base_params: where weight decay acts, "z" or "y"; see `gpa`.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError, ValueError: as `gpa`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import eval_params, gpa_lion
+      >>> optimizer = gpa_lion(optax.linear_schedule(0.1, 0.0, 200), mu_x=0.9)
+      >>> params = jnp.array([1.0, -2.0])
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(200):
+      ...     updates, opt_state = optimizer.update(params, opt_state, params)  # of 0.5 * w**2
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.abs(eval_params(opt_state, params)).max() < 0.05))
+      True
+
+    References:
+      Chen et al., `Symbolic Discovery of Optimization Algorithms
+      <https://arxiv.org/abs/2302.06675>`_, 2023
+
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    base = optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
+    return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
+
+
+def gpa_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_y: optax.ScalarOrSchedule = 0.7,
+    ns_coeffs: tuple[Any, ...] | str = (3.4445, -4.7750, 2.0315),
+    ns_steps: jax.typing.ArrayLike = 5,
+    beta: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    weight_decay_mask: MaskOrFn = None,
+    mu_dtype: Any = None,
+    *,
+    nesterov: bool = True,
+    adaptive: bool = False,
+    preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",
+    adam_b1: jax.typing.ArrayLike = 0.9,
+    adam_b2: jax.typing.ArrayLike = 0.999,
+    adam_eps_root: jax.typing.ArrayLike = 0.0,
+    adam_weight_decay: jax.typing.ArrayLike = 0.0,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    muon_weight_dimension_numbers: Any = None,
+    consistent_rms: jax.typing.ArrayLike | None = None,
+    base_params: str = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around Muon: orthogonalized momentum for matrices, AdamW for the other leaves.
+
+    .. math::
+
+      \begin{align*}
+        m_{t+1} &= \beta m_t + (1 - \beta)\, g_t, \qquad g_t = \nabla f(y_t) \\
+        z_{t+1} &= z_t - \eta_t \left( s\, \mathrm{NewtonSchulz}(\hat m_{t+1})
+          + \lambda z_t \right) \\
+        x_{t+1} &= \mu_x\, x_t + (1 - \mu_x)\, z_{t+1} \\
+        y_{t+1} &= \mu_y\, x_{t+1} + (1 - \mu_y)\, z_{t+1}
+      \end{align*}
+
+    Args:
+      learning_rate: Muon's learning rate, a float or a schedule of the step count.
+      mu_x: how slowly the average moves; see `gpa`.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      ns_coeffs: coefficients of the Newton-Schulz iteration, or the name of a set of them.
+      ns_steps: its number of iterations.
+      beta: decay of the momentum.
+      eps: added to denominators.
+      weight_decay: decoupled weight decay of the matrices, multiplied by the learning rate.
+      weight_decay_mask: the matrices that decay: a tree of booleans like the params or a prefix of
+        it, or a function that makes one of the params.
+      mu_dtype: the dtype of the momentum; default: that of `gpa`'s z.
+      nesterov: whether the momentum is Nesterov's.
+      adaptive: whether to scale the update by the dual norm of the momentum.
+      preconditioning: how the momentum is scaled before the iteration.
+      adam_b1: AdamW's ``b1``, for the leaves that are no matrices.
+      adam_b2: AdamW's ``b2``.
+      adam_eps_root: AdamW's ``eps_root``.
+      adam_weight_decay: AdamW's weight decay.
+      adam_learning_rate: AdamW's learning rate; default: Muon's.
+      muon_weight_dimension_numbers: which leaves are matrices and how they are reshaped, as in
+        `optax.contrib.muon`; default: the leaves of two dimensions.
+      consistent_rms: scale of the update's root mean square; None for Muon's scale by shape.
+      base_params: where weight decay acts, "z" or "y"; see `gpa`.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError, ValueError: as `gpa`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import eval_params, gpa_muon
+      >>> optimizer = gpa_muon(optax.linear_schedule(0.1, 0.0, 100), mu_x=0.9)
+      >>> params = {"matrix": jnp.eye(3), "bias": jnp.ones(3)}
+      >>> opt_state = optimizer.init(params)
+      >>> update = jax.jit(optimizer.update)
+      >>> for _ in range(100):
+      ...     updates, opt_state = update(params, opt_state, params)  # of half the sum of squares
+      ...     params = optax.apply_updates(params, updates)
+      >>> x = eval_params(opt_state, params)
+      >>> print(all(bool(jnp.abs(leaf).max() < 0.1) for leaf in jax.tree.leaves(x)))
+      True
+
+    References:
+      Jordan, `Muon: An optimizer for hidden layers in neural networks
+      <https://kellerjordan.github.io/posts/muon/>`_, 2024
+
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    base = muon(
+        learning_rate,
+        ns_coeffs,
+        ns_steps,
+        beta,
+        eps,
+        weight_decay,
+        weight_decay_mask,
+        mu_dtype,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        preconditioning=preconditioning,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps_root=adam_eps_root,
+        adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        muon_weight_dimension_numbers=muon_weight_dimension_numbers,
+        consistent_rms=consistent_rms,
+    )
+    return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)

@@ -1,0 +1,191 @@
+"""Reading x, y and z out of an optimizer state, however deep they are nested."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
+
+from gpa_optax._diloco import SingleWorkerDiLoCoState
+from gpa_optax._gpa import GPAState, full_precision_y, recover_z
+
+
+class Iterates(NamedTuple):
+    """The three sequences of GPA, each a tree like the params.
+
+    Attributes:
+      x: the average.
+      y: where gradients are taken; the params of the training loop.
+      z: the fast iterate, where the base optimizer steps.
+    """
+
+    x: optax.Params
+    y: optax.Params
+    z: optax.Params
+
+
+def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
+    """The averaged weights x: evaluate, export and serve these.
+
+    Finds the GPA state wherever it is in ``opt_state``: in a chain, `optax.masked`,
+    `optax.partition`, `optax.MultiSteps`, `optax.inject_hyperparams`, `optax.apply_if_finite` and
+    every other wrapper; in a `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`,
+    whole or their ``opt_state``. For `single_worker_diloco` it gives the slow weights.
+
+    Args:
+      opt_state: the optimizer's state, or anything that holds it and is a pytree.
+      params: the params of the training loop, with the structure that ``init`` was given.
+
+    Returns:
+      A tree like ``params``, in its dtypes and shapes. Leaves that no GPA state covers (frozen, or
+      with an optimizer of their own) are those of ``params``; where there are several GPA states,
+      each leaf comes from the one that covers it. Leaves in the state's own dtype are its arrays,
+      not copies: they go with the state when it is donated.
+
+    Raises:
+      ValueError: if there is no GPA state in ``opt_state``, if its leaves are not those of
+        ``params`` in place and shape, or if two GPA states cover the same leaf.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from gpa_optax import eval_params, gpa
+      >>> params = {"a": jnp.array(1.0), "frozen": jnp.array(5.0)}
+      >>> train = optax.chain(optax.clip(1.0), gpa(optax.sgd(0.5), mu_x=0.5))
+      >>> optimizer = optax.partition(
+      ...     {"train": train, "freeze": optax.set_to_zero()}, {"a": "train", "frozen": "freeze"})
+      >>> opt_state = optimizer.init(params)
+      >>> grads = {"a": jnp.array(2.0), "frozen": jnp.array(2.0)}
+      >>> updates, opt_state = optimizer.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print({name: float(leaf) for name, leaf in eval_params(opt_state, params).items()})
+      {'a': 0.75, 'frozen': 5.0}
+    """
+    states = _find(opt_state, (GPAState, SingleWorkerDiLoCoState))
+    averages = [state.x if isinstance(state, GPAState) else state.slow for state in states]
+    leaves = [_aligned(average, params) for average in averages]
+    return _combined(leaves, params, lambda x, p: x.astype(jnp.result_type(p)))
+
+
+def iterates(opt_state: Any, params: optax.Params) -> Iterates:
+    """All three sequences x, y and z at full precision, for study and plots.
+
+    Args:
+      opt_state: the optimizer's state; the GPA state is found in it as by `eval_params`.
+      params: the params of the training loop, with the structure that ``init`` was given.
+
+    Returns:
+      `Iterates` of trees like ``params``, in the state's dtypes. A leaf that no GPA state covers is
+      that of ``params`` in all three.
+
+    Raises:
+      ValueError: as for `eval_params`; `single_worker_diloco` has no such three sequences.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from gpa_optax import gpa, iterates
+      >>> optimizer = gpa(optax.sgd(1.0), mu_x=0.5, mu_y=0.5)
+      >>> params = jnp.array(0.0)
+      >>> opt_state = optimizer.init(params)
+      >>> updates, opt_state = optimizer.update(jnp.array(-1.0), opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(*(float(leaf) for leaf in iterates(opt_state, params)))
+      0.5 0.75 1.0
+    """
+    sequences: Iterates = Iterates([], [], [])
+    for state in _find(opt_state, (GPAState,)):
+        xs = _aligned(state.x, params)
+        ys = _aligned(params if state.y is None else state.y, params)
+        ys = [y if x is not None else None for x, y in zip(xs, ys, strict=True)]
+        # flax.nnx.Optimizer keeps scalars in a Variable, which is a pytree of one leaf.
+        (mu_y,) = jax.tree.leaves(state.mu_y)
+        for sequence, leaves in zip(sequences, (xs, ys, recover_z(xs, ys, mu_y)), strict=True):
+            sequence.append(leaves)
+    return Iterates(*(_combined(leaves, params, lambda leaf, p: leaf) for leaves in sequences))
+
+
+def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
+    """The outermost states of these kinds; a GPA within a GPA averages z, and not the params."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    states = [node for node in nodes if isinstance(node, kinds)]
+    if not states:
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. Give the "
+            "state of an optimizer that contains gpa_optax.gpa: opt_state = optimizer.init(params)."
+        )
+    return states
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _aligned(tree: Any, params: optax.Params) -> list[jax.Array | None]:
+    """The leaf of `tree` for each leaf of `params`, and None where `tree` is masked.
+
+    Leaves are matched by path, because the containers may differ: a mask stands for a whole
+    subtree, and flax.nnx.Optimizer keeps its own kind of Variable.
+    """
+    remedy = "Give the params that belong to opt_state, with the structure that init was given."
+    wanted = tree_leaves_with_path(params)
+    found = dict(tree_leaves_with_path(_unwrapped(tree, params), is_leaf=_is_masked))
+    masked = {path for path, leaf in found.items() if _is_masked(leaf)}
+    aligned = []
+    for path, p in wanted:
+        leaf = None if path in masked else found.get(path)
+        if leaf is None and not any(path[:end] in masked for end in range(len(path) + 1)):
+            raise ValueError(
+                f"params have a leaf of shape {np.shape(p)} at {keystr(path) or 'the root'}, which "
+                f"opt_state does not know. {remedy}"
+            )
+        if leaf is not None and np.shape(leaf) != np.shape(p):
+            raise ValueError(
+                f"params have shape {np.shape(p)} at {keystr(path) or 'the root'}, and opt_state "
+                f"has shape {np.shape(leaf)} there. {remedy}"
+            )
+        aligned.append(leaf)
+    unknown = found.keys() - masked - {path for path, _ in wanted}
+    if unknown:
+        path = min(unknown, key=keystr)
+        raise ValueError(
+            f"params have no leaf at {keystr(path) or 'the root'}, where opt_state has one of shape "
+            f"{np.shape(found[path])}. {remedy}"
+        )
+    return aligned
+
+
+def _unwrapped(tree: Any, params: optax.Params) -> Any:
+    """Undoes the two wrappers that give their inner optimizer another tree than the params."""
+    leaves, treedef = jax.tree.flatten(params)
+    if isinstance(tree, jax.Array) and not jax.tree_util.treedef_is_leaf(treedef):  # optax.flatten
+        sizes = [np.size(p) for p in leaves]
+        if tree.shape == (sum(sizes),):
+            pieces = jnp.split(tree, np.cumsum(sizes)[:-1])
+            shaped = [piece.reshape(np.shape(p)) for piece, p in zip(pieces, leaves, strict=True)]
+            return jax.tree.unflatten(treedef, shaped)
+
+    def is_split(node: Any) -> bool:  # optax.contrib.split_real_and_imaginary
+        return getattr(node, "_fields", None) == ("real", "imaginary")
+
+    def joined(node: Any) -> Any:
+        return jax.lax.complex(node.real, node.imaginary) if is_split(node) else node
+
+    return jax.tree.map(joined, tree, is_leaf=lambda node: is_split(node) or _is_masked(node))
+
+
+def _combined(states: list[list[jax.Array | None]], params: optax.Params, convert: Any) -> Any:
+    """`params`, with each leaf that some state covers taken from there."""
+    wanted, treedef = tree_flatten_with_path(params)
+    leaves = []
+    for (path, p), candidates in zip(wanted, zip(*states, strict=True), strict=True):
+        covering = [leaf for leaf in candidates if leaf is not None]
+        if len(covering) > 1:
+            raise ValueError(
+                f"opt_state holds {len(covering)} averages of the leaf at "
+                f"{keystr(path) or 'the root'}. Let one gpa alone update each leaf, and no second "
+                "one follow it in a chain."
+            )
+        leaves.append(convert(covering[0], p) if covering else p)
+    return treedef.unflatten(leaves)

@@ -1,0 +1,152 @@
+"""The errors that users see: each names the argument, its value and what to do.
+
+Values that are traced (under `jax.jit`, or injected by `optax.inject_hyperparams`) have no value
+to look at; they are the user's responsibility.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import keystr, tree_leaves_with_path
+
+
+def is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_number(name: str, value: Any, remedy: str) -> float:
+    """The float behind a concrete real scalar; TypeError for anything else."""
+    is_number = isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
+    if not is_number or isinstance(value, bool) or np.ndim(value) != 0 or np.iscomplexobj(value):
+        raise TypeError(f"{name} must be a real number, got {value!r}. {remedy}")
+    return float(value)
+
+
+def check_mu(name: str, mu: Any) -> None:
+    """`mu_x` and `mu_y` lie in [0, 1); schedules and traced values pass."""
+    if callable(mu) or is_traced(mu):
+        return
+    value = check_number(name, mu, "Give a float in [0, 1) or an optax schedule.")
+    if name == "mu_y" and value == 1:
+        raise ValueError(
+            f"{name} must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
+            "and the fast iterate z = x + (y - x) / (1 - mu_y) cannot be recovered from them. "
+            "Give a smaller value, such as 0.99."
+        )
+    if not 0 <= value < 1:  # False for NaN
+        raise ValueError(
+            f"{name} must be in [0, 1), got {mu!r}. Give the fraction that is kept of x, "
+            "such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
+        )
+
+
+def check_in_range(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    remedy: str,
+    *,
+    open_high: bool = False,
+    whole: bool = False,
+) -> None:
+    """ValueError unless the value is finite and in [low, high], or [low, high) with open_high."""
+    if is_traced(value):
+        return
+    number = check_number(name, value, remedy)
+    inside = low <= number < high if open_high else low <= number <= high
+    if not inside or not math.isfinite(number) or (whole and number != int(number)):
+        kind = "a whole number" if whole else "a finite number"
+        if math.isinf(high):
+            wanted = f"{kind} of at least {low:g}"
+        else:
+            wanted = f"{kind} in [{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}. {remedy}")
+
+
+def check_transformation(name: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {optimizer!r}. Give an optimizer "
+            "such as optax.adamw(1e-3); for optax.MultiSteps, its gradient_transformation()."
+        )
+
+
+def check_inexact(params: Any) -> None:
+    """TypeError at the first leaf that cannot be averaged."""
+    for path, leaf in tree_leaves_with_path(params):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"params{keystr(path)} has dtype {dtype}, and only floating-point and complex "
+                "params can be averaged. Leave such leaves out with optax.masked(gpa(...), mask) "
+                "or optax.partition."
+            )
+
+
+def check_update(
+    caller: str, updates: Any, params: Any, reference: Any
+) -> None:
+    """The trees that `update` is given: params there, and both trees like the state's."""
+    if params is None:
+        raise ValueError(
+            f"{caller} needs params in update, got None. "
+            "Call optimizer.update(grads, opt_state, params)."
+        )
+    check_matches("gradients", updates, reference)
+    check_matches("params", params, reference)
+
+
+def check_matches(what: str, tree: Any, reference: Any) -> None:
+    """ValueError at the first leaf where `tree` differs in place or shape from `reference`.
+
+    `reference` is the x of a state, and so has the form of the params that were given to init.
+    """
+    structure, wanted = jax.tree.structure(tree), jax.tree.structure(reference)
+    if structure == wanted and all(
+        np.shape(leaf) == np.shape(expected)
+        for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+    ):
+        return
+    remedy = "Call init again with the present params, or restore the state that belongs to them."
+    shapes = {keystr(path): np.shape(leaf) for path, leaf in tree_leaves_with_path(tree)}
+    expected = {keystr(path): np.shape(leaf) for path, leaf in tree_leaves_with_path(reference)}
+    for path, shape in expected.items():
+        if path not in shapes:
+            raise ValueError(
+                f"The {what} have no leaf at {path or 'the root'}, where the params given to init "
+                f"have one of shape {shape}. {remedy}"
+            )
+        if shapes[path] != shape:
+            raise ValueError(
+                f"The {what} have shape {shapes[path]} at {path or 'the root'}, where the params "
+                f"given to init have shape {shape}. {remedy}"
+            )
+    for path, shape in shapes.items():
+        if path not in expected:
+            raise ValueError(
+                f"The {what} have a leaf of shape {shape} at {path or 'the root'}, where the params "
+                f"given to init have none. {remedy}"
+            )
+    raise ValueError(
+        f"The {what} are the tree {structure}, and the params given to init are the tree "
+        f"{wanted}: the leaves agree, the containers do not. {remedy}"
+    )
+
+
+def state_dtype_or_error(state_dtype: Any) -> jnp.dtype | None:
+    """`state_dtype` as a dtype; TypeError unless it is None or a real floating type."""
+    if state_dtype is None:
+        return None
+    remedy = "Give a floating dtype such as jnp.float32, or None for at least float32."
+    try:
+        dtype = jnp.dtype(state_dtype)
+    except TypeError:
+        raise TypeError(f"state_dtype must be a dtype, got {state_dtype!r}. {remedy}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"state_dtype must be a floating dtype, got {dtype}. {remedy}")
+    return dtype

@@ -1,0 +1,329 @@
+r"""How fast the average moves: constants and schedules for the ``mu_x`` of `gpa_optax.gpa`.
+
+After the update at step count :math:`t` (from 0), the average is
+:math:`x_{t+1} = \mu_x(t)\, x_t + (1 - \mu_x(t))\, z_{t+1}`. The weight :math:`1 - \mu_x(t)` of the
+newest iterate decides how many steps the average remembers: about :math:`1 / (1 - \mu_x)`.
+
+`from_diloco` and `from_horizon` give constants; the others give an `AveragingSchedule`, which is an
+optax schedule that also knows its weight.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gpa_optax._validate import check_in_range, check_number, is_traced
+
+__all__ = [
+    "AveragingSchedule",
+    "annealed",
+    "from_diloco",
+    "from_horizon",
+    "lr_weighted",
+    "polynomial",
+    "uniform",
+    "warmed_up",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class AveragingSchedule:
+    """A schedule for ``mu_x`` that is given by the weight of the newest iterate, ``1 - mu_x``.
+
+    Close to 1, ``mu_x`` in float32 has few digits left for ``1 - mu_x``: at step 10 million of a
+    uniform average the weight 1e-7 would be off by 19 %. `gpa_optax.gpa` therefore takes the weight
+    itself. Calling the schedule gives ``mu_x``, for plots and for everything else that takes an
+    optax schedule; within `optax.inject_hyperparams` name ``mu_x`` in ``static_args``, so that gpa
+    receives the schedule and not its rounded value.
+
+    Attributes:
+      weight: ``1 - mu_x`` as a function of the step count (int scalar or array, from 0), traceable.
+
+    Examples:
+      >>> from gpa_optax.averaging import AveragingSchedule, uniform
+      >>> print(f"{uniform()(3):.2f} {uniform().weight(3):.2f}")
+      0.75 0.25
+      >>> halving = AveragingSchedule(lambda count: 0.5 ** (1 + count / 1000))
+      >>> print(halving(0), halving(1000))
+      0.5 0.75
+    """
+
+    weight: Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+        return 1 - self.weight(count)
+
+
+def from_diloco(inner_steps: float, outer_momentum: float = 0.9) -> float:
+    r"""The ``mu_x`` that smooths single-worker DiLoCo: :math:`\mu^{1/H}`.
+
+    Over ``inner_steps`` steps the average decays as much as DiLoCo's outer momentum does in one
+    synchronization.
+
+    Args:
+      inner_steps: DiLoCo's number of inner steps :math:`H` between synchronizations, at least 1.
+      outer_momentum: the momentum :math:`\mu` of DiLoCo's outer optimizer, in [0, 1).
+
+    Returns:
+      ``mu_x`` as a float.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    Examples:
+      >>> from gpa_optax import averaging
+      >>> print([round(averaging.from_diloco(h), 4) for h in (1, 4, 8, 16, 32, 64, 128)])
+      [0.9, 0.974, 0.9869, 0.9934, 0.9967, 0.9984, 0.9992]
+
+    References:
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    check_in_range(
+        "inner_steps", inner_steps, 1, math.inf, "Give DiLoCo's steps per synchronization, such as 32."
+    )
+    check_in_range(
+        "outer_momentum", outer_momentum, 0, 1, "Give DiLoCo's outer momentum, such as 0.9.",
+        open_high=True,
+    )
+    return outer_momentum ** (1 / inner_steps)
+
+
+def from_horizon(steps: float) -> float:
+    """The ``mu_x`` of an average that remembers about ``steps`` steps: ``1 - 1 / steps``.
+
+    Args:
+      steps: the length of the averaging window, in steps, at least 1. Keep it short against the
+        run: at a horizon of 300 a run of 600 steps never forgets its initialization.
+
+    Returns:
+      ``mu_x`` as a float.
+
+    Raises:
+      ValueError: if ``steps`` is below 1 or not finite.
+
+    Examples:
+      >>> from gpa_optax import averaging
+      >>> averaging.from_horizon(100)
+      0.99
+    """
+    check_in_range("steps", steps, 1, math.inf, "Give the averaging window in steps, such as 100.")
+    return 1 - 1 / steps
+
+
+def uniform() -> AveragingSchedule:
+    r"""The plain average of all iterates: :math:`\mu_x(t) = t / (t + 1)`.
+
+    With it GPA is Schedule-Free, with beta = ``mu_y`` and a constant learning rate; for a learning
+    rate with warmup see `lr_weighted`.
+
+    Examples:
+      >>> from gpa_optax import averaging
+      >>> print([round(float(averaging.uniform()(t)), 3) for t in range(4)])
+      [0.0, 0.5, 0.667, 0.75]
+
+    References:
+      Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
+    """
+    return AveragingSchedule(_uniform_weight)
+
+
+def _uniform_weight(count: jax.typing.ArrayLike) -> jax.Array:
+    return 1 / (_as_float(count) + 1)
+
+
+def _as_float(count: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.asarray(count, float)
+
+
+def polynomial(power: float) -> AveragingSchedule:
+    r"""An average that weighs the iterate of step t by :math:`(t + 1)^p`.
+
+    :math:`\mu_x(t) = 1 - (t + 1)^p / \sum_{s=0}^{t} (s + 1)^p`: a power of 0 is `uniform`, a higher
+    one forgets the early iterates, remembering about the last :math:`1 / (p + 1)` of the run
+    however long it gets. The sum is exact up to a step count of a few times the power and comes
+    from the Euler-Maclaurin formula after it, to float32's precision.
+
+    Args:
+      power: the exponent :math:`p`, from 0 to 1000.
+
+    Raises:
+      ValueError: if ``power`` is out of its range.
+
+    Examples:
+      >>> from gpa_optax import averaging
+      >>> print([round(float(averaging.polynomial(1).weight(t)), 3) for t in range(4)])
+      [1.0, 0.667, 0.5, 0.4]
+    """
+    remedy = "Give 0 for a uniform average, 1 or 2 to favour late iterates."
+    check_in_range("power", power, 0, 1000, remedy)
+    exact = max(16, 4 * math.ceil(power))  # the formula's error is of order (power / exact)^5 / 30000
+    n = np.arange(1, exact + 1, dtype=np.float64)
+    inverse_weights = np.empty(exact)  # sum of (k / n)^p, over k from 1 to n
+    total = 0.0
+    for i in range(exact):
+        total = total * (i / (i + 1)) ** power + 1
+        inverse_weights[i] = total
+
+    def euler_maclaurin(n):
+        return (
+            n / (power + 1)
+            + 1 / 2
+            + power / 12 / n
+            - power * (power - 1) * (power - 2) / 720 / n**3
+        )
+
+    remainder = float(inverse_weights[-1] - euler_maclaurin(n[-1]))
+    table = 1 / inverse_weights
+
+    def weight(count: jax.typing.ArrayLike) -> jax.Array:
+        n = _as_float(count) + 1
+        late = 1 / (euler_maclaurin(n) + remainder * (exact / n) ** power)
+        early = jnp.asarray(table, n.dtype)[jnp.clip(count, 0, exact - 1)]
+        return jnp.where(n <= exact, early, late)
+
+    return AveragingSchedule(weight)
+
+
+def warmed_up(mu_x: float) -> AveragingSchedule:
+    r"""A constant ``mu_x`` after a uniform start: :math:`\min(t / (t + 1), \mu_x)`.
+
+    The first :math:`1 / (1 - \mu_x)` iterates are averaged uniformly, so that the initialization
+    is forgotten at once.
+
+    Args:
+      mu_x: the constant, in [0, 1).
+
+    Raises:
+      ValueError: if ``mu_x`` is out of its range.
+
+    Examples:
+      >>> from gpa_optax import averaging
+      >>> print([round(float(averaging.warmed_up(0.6)(t)), 3) for t in range(4)])
+      [0.0, 0.5, 0.6, 0.6]
+    """
+    _check_constant(mu_x)
+    return AveragingSchedule(lambda count: jnp.maximum(_uniform_weight(count), 1 - mu_x))
+
+
+def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> AveragingSchedule:
+    r"""A window that follows the learning rate.
+
+    .. math::
+
+      \mu_x(t) = \min\left(\frac{t}{t + 1},\
+        1 - \frac{1}{\max(1,\ \eta(t) / \eta_{\max} / (1 - \mu_x))}\right)
+
+    At the peak learning rate the window is ``1 / (1 - mu_x)`` steps; it shrinks in proportion to
+    the learning rate, down to the last iterate alone: where annealing has removed the noise,
+    averaging only lags.
+
+    Args:
+      mu_x: the constant that holds at the peak, in [0, 1).
+      learning_rate: the schedule that the base optimizer uses, a function of the step count.
+      peak: its largest value, positive.
+
+    Raises:
+      TypeError: if ``learning_rate`` is no schedule.
+      ValueError: if ``mu_x`` or ``peak`` is out of its range.
+
+    Examples:
+      >>> import optax
+      >>> from gpa_optax import averaging
+      >>> learning_rate = optax.linear_schedule(0.1, 0.0, transition_steps=100)
+      >>> mu_x = averaging.annealed(0.95, learning_rate, peak=0.1)
+      >>> print([round(float(mu_x(t)), 3) for t in (0, 10, 50, 90, 100)])
+      [0.0, 0.909, 0.9, 0.5, 0.0]
+    """
+    _check_constant(mu_x)
+    if not callable(learning_rate):
+        raise TypeError(
+            f"learning_rate must be a schedule, got {learning_rate!r}. "
+            "For a constant learning rate use averaging.warmed_up(mu_x)."
+        )
+    _check_positive("peak", peak, "Give the schedule's largest value.")
+
+    def weight(count: jax.typing.ArrayLike) -> jax.Array:
+        window = jnp.asarray(learning_rate(count)) / peak / (1 - mu_x)
+        return jnp.maximum(_uniform_weight(count), 1 / jnp.maximum(1, window))
+
+    return AveragingSchedule(weight)
+
+
+def lr_weighted(
+    learning_rate: optax.ScalarOrSchedule, warmup_steps: int, power: float = 2
+) -> AveragingSchedule:
+    r"""Schedule-Free's average under warmup: iterates weigh as the learning rate they were made with.
+
+    .. math::
+
+      w_t = \left(\max_{s \le t} \eta(s)\right)^p, \qquad
+      \mu_x(t) = 1 - \frac{w_t}{w_0 + \dots + w_t}
+
+    The learning rate is read for the first ``warmup_steps`` + 1 steps, when the schedule is made;
+    afterwards the largest of these values counts, so the schedule stays a function of the count.
+
+    Args:
+      learning_rate: the schedule that the base optimizer uses (or its constant value).
+      warmup_steps: the number of steps in which it grows, at least 0.
+      power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
+
+    Raises:
+      ValueError: if an argument is out of its range, or if the learning rate is negative, not
+        finite or always 0 during the warmup.
+
+    Examples:
+      >>> import optax
+      >>> from gpa_optax import averaging
+      >>> learning_rate = optax.warmup_constant_schedule(0.0, 0.1, warmup_steps=4)
+      >>> mu_x = averaging.lr_weighted(learning_rate, warmup_steps=4)
+      >>> print([round(float(mu_x(t)), 3) for t in range(7)])
+      [0.0, 0.0, 0.2, 0.357, 0.467, 0.652, 0.742]
+
+    References:
+      Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
+    """
+    check_in_range("warmup_steps", warmup_steps, 0, math.inf, "Give the steps of warmup, or 0.")
+    check_in_range("power", power, 0, math.inf, "Give 2 for Schedule-Free, 0 for a uniform average.")
+    warmup_steps = int(warmup_steps)
+
+    # The table is made of numbers also where this is called under a trace.
+    with jax.ensure_compile_time_eval():
+        counts = jnp.arange(warmup_steps + 1)
+        rates = jax.vmap(learning_rate)(counts) if callable(learning_rate) else learning_rate
+        rates = np.broadcast_to(np.asarray(rates, np.float64), counts.shape)
+    if not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
+        raise ValueError(
+            f"learning_rate must be finite, at least 0 and not always 0 in the first {warmup_steps} "
+            f"+ 1 steps, got values from {rates.min()} to {rates.max()}. "
+            "Give the schedule of the base optimizer and the length of its warmup."
+        )
+    weights = (np.maximum.accumulate(rates) / rates.max()) ** power
+    totals = np.cumsum(weights)
+    # Before the first positive rate nothing moves: any mu_x will do, and 0 is in range.
+    table = np.divide(weights, totals, out=np.ones_like(totals), where=totals > 0)
+
+    def weight(count: jax.typing.ArrayLike) -> jax.Array:
+        late = 1 / (totals[-1] + (_as_float(count) - warmup_steps))
+        early = jnp.asarray(table, late.dtype)[jnp.clip(count, 0, warmup_steps)]
+        return jnp.where(jnp.asarray(count) <= warmup_steps, early, late)
+
+    return AveragingSchedule(weight)
+
+
+def _check_constant(mu_x: float) -> None:
+    remedy = "Give a constant such as 0.99, or averaging.from_horizon(steps)."
+    check_in_range("mu_x", mu_x, 0, 1, remedy, open_high=True)
+
+
+def _check_positive(name: str, value: float, remedy: str) -> None:
+    if is_traced(value):
+        return
+    number = check_number(name, value, remedy)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}. {remedy}")

@@ -243,8 +243,8 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
     _check_constant(mu_x)
     if not callable(learning_rate):
         raise TypeError(
-            f"learning_rate must be a schedule, got {learning_rate!r}. "
-            "For a constant learning rate use averaging.warmed_up(mu_x)."
+            f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, or "
+            "use averaging.warmed_up(mu_x) if it is constant."
         )
     _check_positive("peak", peak, "Give the schedule's largest value.")
 
@@ -288,7 +288,12 @@ def lr_weighted(
     References:
       Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
     """
-    check_in_range("warmup_steps", warmup_steps, 0, math.inf, "Give the steps of warmup, or 0.")
+    remedy = "Give the schedule of the base optimizer, or its constant learning rate."
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, remedy)
+    check_in_range(
+        "warmup_steps", warmup_steps, 0, math.inf, "Give the steps of warmup, or 0.", whole=True
+    )
     check_in_range("power", power, 0, math.inf, "Give 2 for Schedule-Free, 0 for a uniform average.")
     warmup_steps = int(warmup_steps)
 
@@ -300,8 +305,7 @@ def lr_weighted(
     if not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
         raise ValueError(
             f"learning_rate must be finite, at least 0 and not always 0 in the first {warmup_steps} "
-            f"+ 1 steps, got values from {rates.min()} to {rates.max()}. "
-            "Give the schedule of the base optimizer and the length of its warmup."
+            f"+ 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
         )
     weights = (np.maximum.accumulate(rates) / rates.max()) ** power
     totals = np.cumsum(weights)

@@ -1,0 +1,41 @@
+import os
+
+# Before JAX starts: the sharding tests need several devices.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import optax
+import pytest
+
+# Random examples would make CI fail by chance where float32 meets a discontinuity.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test."""
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        yield
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def run(optimizer, params, gradient, steps):
+    """`steps` jitted steps with gradient(t, params); returns the params and the state."""
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(t, params, opt_state):
+        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for t in range(steps):
+        params, opt_state = step(t, params, opt_state)
+    return params, opt_state

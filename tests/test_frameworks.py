@@ -1,0 +1,250 @@
+"""GPA with Flax NNX, Flax Linen, Equinox, and trees of every kind."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import run
+
+from gpa_optax import eval_params, gpa, gpa_adamw, iterates
+
+flax = pytest.importorskip("flax")
+from flax import linen, nnx  # noqa: E402
+from flax.training.train_state import TrainState  # noqa: E402
+
+INPUTS = jax.random.normal(jax.random.key(0), (8, 3))
+TARGETS = jnp.sin(INPUTS.sum(1, keepdims=True))
+
+
+class NNXModel(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.rest = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)])
+
+    def __call__(self, x):
+        x = jax.nn.relu(self.norm(self.first(x)))
+        for layer in self.rest:
+            x = layer(x)
+        return x
+
+
+def nnx_loss(model):
+    return jnp.mean((model(INPUTS) - TARGETS) ** 2)
+
+
+def optimizers():
+    plain = gpa(optax.sgd(0.01, momentum=0.9), 0.9, 0.7)
+    return {
+        "gpa": plain,
+        "chain": optax.chain(optax.clip_by_global_norm(1.0), plain),
+        "masked": optax.chain(
+            optax.masked(plain, lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p)),
+            optax.masked(
+                optax.sgd(0.01), lambda p: jax.tree.map(lambda leaf: leaf.ndim <= 1, p)
+            ),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_nnx_optimizer(name):
+    """The model trains at y; a second model, for evaluation, is given x."""
+    model = NNXModel(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optimizers()[name], wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        value, grads = nnx.value_and_grad(nnx_loss)(model)
+        optimizer.update(model, grads)
+        return value
+
+    # The same by hand, in plain optax on arrays.
+    pure = jax.tree.map(jnp.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    tx = optimizers()[name]
+    pure_state = tx.init(pure)
+    twin = NNXModel(nnx.Rngs(0))
+    for _ in range(10):
+        grads = nnx.to_pure_dict(nnx.grad(nnx_loss)(twin))
+        updates, pure_state = tx.update(grads, pure_state, pure)
+        pure = optax.apply_updates(pure, updates)
+        nnx.update(twin, pure)
+        train_step(model, optimizer)
+
+    params = nnx.state(model, nnx.Param)
+    x = eval_params(optimizer.opt_state, params)
+    assert isinstance(x, nnx.State)
+    expected = eval_params(pure_state, pure)
+    for found, wanted in zip(jax.tree.leaves(x), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for found, wanted in zip(
+        jax.tree.leaves(eval_params(optimizer, params)), jax.tree.leaves(x), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+    y_and_z = iterates(optimizer.opt_state, params)
+    for found, wanted in zip(jax.tree.leaves(y_and_z.y), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+    evaluated = nnx.clone(model)
+    nnx.update(evaluated, x)
+    assert not np.allclose(evaluated.first.kernel[...], model.first.kernel[...])
+    assert np.isfinite(nnx_loss(evaluated))
+
+
+def test_nnx_optimizer_with_bfloat16_params_keeps_the_master_copy():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    optimizer = nnx.Optimizer(model, gpa_adamw(0.01, mu_x=0.9), wrt=nnx.Param)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(nnx_loss)(model))
+    params = nnx.state(model, nnx.Param)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    exact = iterates(optimizer.opt_state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(exact)} == {jnp.dtype(jnp.float32)}
+    for y, p in zip(jax.tree.leaves(exact.y), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(y.astype(jnp.bfloat16)), np.asarray(p))
+
+
+class LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1)(jax.nn.relu(linen.Dense(8)(x)))
+
+
+def test_linen_train_state():
+    model = LinenModel()
+    params = model.init(jax.random.key(0), INPUTS)["params"]
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=params,
+        tx=optax.chain(optax.clip_by_global_norm(1.0), gpa(optax.adam(0.01), 0.9)),
+    )
+
+    def loss(params):
+        return jnp.mean((model.apply({"params": params}, INPUTS) - TARGETS) ** 2)
+
+    @jax.jit
+    def train_step(state):
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    for _ in range(50):
+        state = train_step(state)
+    x = eval_params(state.opt_state, state.params)
+    assert jax.tree.structure(x) == jax.tree.structure(params)
+    assert loss(x) < loss(params)
+    np.testing.assert_array_equal(
+        x["Dense_0"]["kernel"], eval_params(state, state.params)["Dense_0"]["kernel"]
+    )
+
+
+def test_equinox_module_filtered_to_arrays():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(3, 1, 8, depth=1, key=jax.random.key(0))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), gpa(optax.adam(0.01), 0.9))
+    opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_value_and_grad
+    def loss(model):
+        return jnp.mean((jax.vmap(model)(INPUTS) - TARGETS) ** 2)
+
+    @eqx.filter_jit
+    def train_step(model, opt_state):
+        value, grads = loss(model)
+        updates, opt_state = optimizer.update(
+            grads, opt_state, eqx.filter(model, eqx.is_inexact_array)
+        )
+        return eqx.apply_updates(model, updates), opt_state, value
+
+    first = None
+    for _ in range(50):
+        model, opt_state, value = train_step(model, opt_state)
+        first = value if first is None else first
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    averaged = eqx.combine(eval_params(opt_state, params), static)
+    assert isinstance(averaged, eqx.nn.MLP)
+    assert loss(averaged)[0] < first
+    assert not np.allclose(averaged.layers[0].weight, model.layers[0].weight)
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    weight: Any
+    bias: Any
+
+
+TREES = {
+    "dict": {"b": jnp.ones(2), "a": {"c": jnp.ones((2, 2))}},
+    "tuple": (jnp.ones(2), (jnp.ones(3), jnp.ones(()))),
+    "list": [jnp.ones(2), [jnp.ones(1)]],
+    "namedtuple": Pair(jnp.ones(2), Pair(jnp.ones(1), jnp.ones(3))),
+    "dataclass": Layer(jnp.ones((2, 3)), jnp.ones(3)),
+    "frozen dict": flax.core.freeze({"a": {"b": jnp.ones(2)}}),
+    "None leaves": {"a": None, "b": (jnp.ones(2), None)},
+    "array": jnp.ones((2, 2)),
+    "scalar": jnp.ones(()),
+    "zero-size": {"a": jnp.ones((0, 3)), "b": jnp.ones(2)},
+    "empty dict": {},
+    "empty in a tree": {"a": {}, "b": (), "c": jnp.ones(1)},
+    "numpy": {"a": np.ones(3, np.float32)},
+    "python float": {"a": 1.0},
+}
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("name", TREES)
+def test_any_pytree(name, jit):
+    params = TREES[name]
+    optimizer = gpa(optax.adam(0.1), 0.9)
+    opt_state = optimizer.init(params)
+    update = jax.jit(optimizer.update) if jit else optimizer.update
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, opt_state = update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    for tree in (eval_params(opt_state, params), *iterates(opt_state, params)):
+        assert jax.tree.structure(tree) == jax.tree.structure(TREES[name])
+        for leaf, start in zip(jax.tree.leaves(tree), jax.tree.leaves(TREES[name]), strict=True):
+            assert np.shape(leaf) == np.shape(start)
+            assert (np.asarray(leaf) < np.asarray(start)).all()
+
+
+def test_complex_params_are_averaged_like_their_real_and_imaginary_parts(rng):
+    start = rng.normal(size=5) + 1j * rng.normal(size=5)
+    params = jnp.asarray(start, jnp.complex64)
+    found, opt_state = run(gpa(optax.sgd(0.1), 0.9, 0.6), params, lambda t, p: p * (0.5 + 1j), 40)
+    as_pair = jnp.stack([params.real, params.imag])
+    turn = jnp.array([[0.5, -1.0], [1.0, 0.5]])
+    expected, expected_state = run(gpa(optax.sgd(0.1), 0.9, 0.6), as_pair, lambda t, p: turn @ p, 40)
+    for sequence, pair in zip(
+        iterates(opt_state, found), iterates(expected_state, expected), strict=True
+    ):
+        assert sequence.dtype == jnp.complex64
+        np.testing.assert_allclose(sequence, pair[0] + 1j * pair[1], atol=1e-5)
+    assert eval_params(opt_state, found).dtype == jnp.complex64
+
+
+def test_complex_params_with_adamw_and_split_by_optax(rng):
+    params = {
+        "c": jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3), jnp.complex64),
+        "r": jnp.asarray(rng.normal(size=3), jnp.float32),
+    }
+    split = optax.contrib.split_real_and_imaginary(gpa(optax.adam(0.1), 0.9, 0.6))
+    found, opt_state = run(split, params, lambda t, p: p, 20)
+    x = eval_params(opt_state, found)
+    assert x["c"].dtype == jnp.complex64
+    pairs = {"re": params["c"].real, "im": params["c"].imag, "r": params["r"]}
+    expected, expected_state = run(gpa(optax.adam(0.1), 0.9, 0.6), pairs, lambda t, p: p, 20)
+    of_pairs = eval_params(expected_state, expected)
+    np.testing.assert_allclose(x["c"], of_pairs["re"] + 1j * of_pairs["im"], atol=1e-5)
+    np.testing.assert_allclose(x["r"], of_pairs["r"], atol=1e-5)
+
+    joint, joint_state = run(gpa(optax.adamw(0.1), 0.9, 0.6), params, lambda t, p: p, 20)
+    assert np.isfinite(eval_params(joint_state, joint)["c"]).all()

@@ -1,0 +1,166 @@
+"""GPA contains its neighbours: each is a setting, and equals an independent implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from conftest import run
+
+from gpa_optax import averaging, eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
+
+STEPS = 200
+
+
+@pytest.fixture
+def params(rng):
+    return {"w": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), "b": jnp.zeros(4)}
+
+
+def gradient(t, params):
+    """Of a quadratic with a minimum off 0, and noise that depends on the step alone."""
+    noise = jax.random.normal(jax.random.key(t), ())
+    return jax.tree.map(lambda p: 0.5 * (p - 1.0) + 0.1 * noise, params)
+
+
+def assert_close(found, expected, tolerance=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize("mu_y", [0.0, 0.7, 0.95])
+@pytest.mark.parametrize(
+    "base",
+    [optax.sgd(0.1, 0.9), optax.adamw(0.01, weight_decay=0.1), optax.lion(0.01), optax.lamb(0.01)],
+    ids=["momentum", "adamw", "lion", "lamb"],
+)
+def test_mu_x_zero_is_the_base_optimizer(base, mu_y, params):
+    found, opt_state = run(gpa(base, mu_x=0.0, mu_y=mu_y), params, gradient, STEPS)
+    expected, _ = run(base, params, gradient, STEPS)
+    for sequence in (found, *iterates(opt_state, found)):
+        assert_close(sequence, expected)
+
+
+def test_mu_y_zero_is_the_base_optimizer_with_an_ema(params):
+    base, decay = optax.adamw(0.01, weight_decay=0.1), 0.95
+    found, opt_state = run(gpa(base, mu_x=decay, mu_y=0.0), params, gradient, STEPS)
+
+    expected, base_state, ema = params, base.init(params), params
+    for t in range(STEPS):
+        updates, base_state = base.update(gradient(t, expected), base_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        ema = optax.incremental_update(expected, ema, 1 - decay)
+    assert_close(found, expected)
+    assert_close(eval_params(opt_state, found), ema)
+
+
+@pytest.mark.parametrize("mu", [0.3, 0.9])
+def test_equal_mus_are_nesterovs_method(mu, params):
+    """Against the textbook recursion: a gradient step from the look-ahead point, then momentum.
+
+    x_{k+1} = y_k - lr' g(y_k),  y_{k+1} = x_{k+1} + mu (x_{k+1} - x_k),  with lr' = (1 - mu) lr.
+    """
+    lr = 0.4
+    found, opt_state = run(gpa(optax.sgd(lr), mu, mu), params, gradient, STEPS)
+
+    x = y = params
+    for t in range(STEPS):
+        previous, grads = x, gradient(t, y)
+        x = jax.tree.map(lambda y, g: y - (1 - mu) * lr * g, y, grads)
+        y = jax.tree.map(lambda new, old: new + mu * (new - old), x, previous)
+    assert_close(eval_params(opt_state, found), x)
+    assert_close(found, y)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_uniform_averaging_is_optax_schedule_free(beta, params):
+    lr, base = 0.01, optax.adamw(0.01, b1=0.0, weight_decay=0.1)
+    found, opt_state = run(
+        gpa(base, averaging.uniform(), beta, base_params="y"), params, gradient, STEPS
+    )
+    theirs = optax.contrib.schedule_free(base, lr, b1=beta)  # gives y to its base
+    expected, their_state = run(theirs, params, gradient, STEPS)
+    assert_close(found, expected, 1e-4)
+    x = optax.contrib.schedule_free_eval_params(their_state, expected)
+    assert_close(eval_params(opt_state, found), x, 1e-4)
+
+
+def test_lr_weighted_averaging_is_optax_schedule_free_with_warmup(params):
+    warmup = 30
+    lr = optax.warmup_constant_schedule(0.0, 0.05, warmup)
+    base = optax.adam(lr, b1=0.0)
+    found, opt_state = run(
+        gpa(base, averaging.lr_weighted(lr, warmup), mu_y=0.9), params, gradient, STEPS
+    )
+    # Optax counts Schedule-Free's own steps from 1 and its base's from 0; this makes them agree.
+    theirs = optax.contrib.schedule_free(base, lambda count: lr(count - 1), b1=0.9)
+    expected, their_state = run(theirs, params, gradient, STEPS)
+    assert_close(found, expected, 1e-4)
+    x = optax.contrib.schedule_free_eval_params(their_state, expected)
+    assert_close(eval_params(opt_state, found), x, 1e-4)
+
+
+@pytest.mark.parametrize("warmup", [0, 20])
+def test_agrees_with_the_schedulefree_package(warmup, rng):
+    """AdamWScheduleFree from PyPI, in PyTorch: an implementation by the method's authors."""
+    torch = pytest.importorskip("torch")
+    schedulefree = pytest.importorskip("schedulefree")
+    lr, beta = 0.02, 0.9
+    start = rng.normal(size=6).astype(np.float32)
+    noise = rng.normal(size=(STEPS, 6)).astype(np.float32)
+
+    p = torch.nn.Parameter(torch.tensor(start))
+    theirs = schedulefree.AdamWScheduleFree(
+        [p], lr=lr, betas=(beta, 0.99), weight_decay=0.1, warmup_steps=warmup
+    )
+    theirs.train()
+    for t in range(STEPS):
+        p.grad = 0.5 * p.detach() + torch.tensor(noise[t])
+        theirs.step()
+    theirs.eval()
+
+    schedule = optax.linear_schedule(lr / warmup, lr, warmup - 1) if warmup else lr
+    optimizer = gpa_adamw(
+        schedule,
+        averaging.lr_weighted(schedule, warmup),
+        mu_y=beta,
+        b1=0.0,
+        b2=0.99,
+        weight_decay=0.1,
+        base_params="y",
+    )
+    params, opt_state = run(
+        optimizer, jnp.asarray(start), lambda t, y: 0.5 * y + jnp.asarray(noise)[t], STEPS
+    )
+    assert_close(eval_params(opt_state, params), p.detach().numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("sync_period", [1, 4])
+@pytest.mark.parametrize("inner", ["sgd", "adamw"])
+def test_single_worker_diloco_is_the_two_loops(inner, sync_period, params, x64):
+    params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+    base = {"sgd": optax.sgd, "adamw": lambda lr: optax.adamw(lr, weight_decay=0.1)}[inner](0.02)
+    optimizer = single_worker_diloco(base, sync_period, outer_learning_rate=0.6, outer_momentum=0.8)
+    opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
+    loops = oracle.two_loop_diloco(
+        params, gradient, oracle.BASES[inner], 0.02, sync_period, 0.6, 0.8, rounds=10
+    )
+    for t, (slow, fast) in enumerate(loops):
+        updates, opt_state = update(gradient(t, params), opt_state, params)
+        params = optax.apply_updates(params, updates)
+        assert_close(params, fast, 1e-12)
+        assert_close(eval_params(opt_state, params), slow, 1e-12)
+
+
+def test_diloco_with_one_inner_step_of_sgd_is_gpa_with_equal_mus(params):
+    """The outer Nesterov momentum is then the only momentum there is."""
+    momentum, lr, outer = 0.9, 0.05, 0.7
+    diloco = single_worker_diloco(optax.sgd(lr), 1, outer, momentum)
+    found, _ = run(diloco, params, gradient, STEPS)
+    as_gpa = gpa(optax.sgd(lr * outer / (1 - momentum)), mu_x=momentum, mu_y=momentum)
+    expected, _ = run(as_gpa, params, gradient, STEPS)
+    assert_close(found, expected, 1e-4)

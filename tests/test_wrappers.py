@@ -1,0 +1,400 @@
+"""GPA inside and around every optax wrapper, and under every JAX transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import run
+
+from gpa_optax import GPAState, averaging, eval_params, gpa, iterates, single_worker_diloco
+
+MU_X, MU_Y, LR = 0.9, 0.6, 0.1
+
+
+def make(lr=LR, **arguments):
+    return gpa(optax.adam(lr), MU_X, MU_Y, **arguments)
+
+
+@pytest.fixture
+def params(rng):
+    return {
+        "a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
+        "b": {"c": jnp.asarray(rng.normal(size=(5,)), jnp.float32), "d": jnp.ones(())},
+    }
+
+
+def gradient(t, params):
+    return jax.tree.map(lambda p: 0.5 * p + jnp.sin(t + 1.0), params)
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance),
+        found,
+        expected,
+    )
+
+
+def everything(params):
+    return jax.tree.map(lambda p: True, params)
+
+
+# Wrappers that pass everything through: around GPA they must change nothing at all.
+AROUND = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx),
+    "named_chain": lambda tx: optax.named_chain(("first", optax.identity()), ("gpa", tx)),
+    "nested chains": lambda tx: optax.chain(optax.chain(optax.chain(tx))),
+    "masked": lambda tx: optax.masked(tx, everything),
+    "partition": lambda tx: optax.partition({"all": tx}, lambda p: jax.tree.map(lambda _: "all", p)),
+    "multi_transform": lambda tx: optax.multi_transform({"all": tx}, "all"),
+    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=False),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "skip_not_finite": lambda tx: optax.MultiSteps(
+        tx, 1, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(
+        tx, lambda step, **_: step >= 0
+    ),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step, **_: step >= 0),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(gpa)(optax.adam(LR), MU_X, MU_Y),
+    "flatten": optax.flatten,
+    "split_real_and_imaginary": optax.contrib.split_real_and_imaginary,
+    "snapshot": lambda tx: optax.chain(optax.snapshot("g", lambda u: u), tx),
+    "monitor": lambda tx: optax.chain(optax.monitor({"norm": optax.tree.norm}), tx),
+    "zero_nans": lambda tx: optax.chain(optax.zero_nans(), tx),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_wrapper_around_gpa_changes_nothing(name, params):
+    expected, expected_state = run(make(), params, gradient, 20)
+    found, opt_state = run(AROUND[name](make()), params, gradient, 20)
+    assert_close(found, expected)
+    assert_close(eval_params(opt_state, found), eval_params(expected_state, expected))
+    assert_close(iterates(opt_state, found), iterates(expected_state, expected), 1e-4)
+
+
+def test_wrappers_compose(params):
+    optimizer = optax.MultiSteps(
+        optax.apply_if_finite(
+            optax.chain(
+                optax.clip_by_global_norm(1e6),
+                optax.masked(optax.inject_hyperparams(gpa)(optax.adam(LR), MU_X, MU_Y), everything),
+            ),
+            5,
+        ),
+        every_k_schedule=1,
+    ).gradient_transformation()
+    expected, expected_state = run(make(), params, gradient, 20)
+    found, opt_state = run(optimizer, params, gradient, 20)
+    assert_close(eval_params(opt_state, found), eval_params(expected_state, expected))
+
+
+def test_gradients_are_accumulated_by_multisteps(params):
+    """Two half batches make one update, whose gradient is their mean."""
+    expected, expected_state = run(make(), params, lambda t, p: gradient(t // 1, p), 10)
+
+    def half(t, p):  # differs between the halves, its mean is gradient(t // 2)
+        sign = jnp.where(t % 2 == 0, 1.0, -1.0)
+        return jax.tree.map(lambda g: g + sign, gradient(t // 2, p))
+
+    accumulated = optax.MultiSteps(make(), 2).gradient_transformation()
+    found, opt_state = run(accumulated, params, half, 20)
+    assert_close(found, expected, 1e-4)
+    assert_close(eval_params(opt_state, found), eval_params(expected_state, expected), 1e-4)
+
+
+def test_clipping_before_gpa_acts_on_its_gradients(params):
+    clipped = optax.chain(optax.clip_by_global_norm(0.1), make())
+    found, opt_state = run(clipped, params, gradient, 10)
+
+    def clipped_gradient(t, p):
+        grads, _ = optax.clip_by_global_norm(0.1).update(gradient(t, p), optax.EmptyState())
+        return grads
+
+    expected, expected_state = run(make(), params, clipped_gradient, 10)
+    assert_close(eval_params(opt_state, found), eval_params(expected_state, expected))
+
+
+def test_lookahead_around_gpa_averages_the_fast_params(params):
+    optimizer = optax.lookahead(make(), sync_period=3, slow_step_size=0.5)
+    both = optax.LookaheadParams.init_synced(params)
+    opt_state = optimizer.init(both)
+    for t in range(7):
+        updates, opt_state = optimizer.update(gradient(t, both.fast), opt_state, both)
+        both = optax.apply_updates(both, updates)
+    x = eval_params(opt_state, both.fast)
+    assert jax.tree.structure(x) == jax.tree.structure(params)
+
+
+def test_two_gpas_and_frozen_leaves_in_one_partition(params):
+    """Each leaf's average comes from the GPA that covers it; a frozen leaf is itself."""
+    optimizer = optax.partition(
+        {
+            "slow": make(),
+            "fast": optax.chain(gpa(optax.sgd(0.2), 0.5, 0.3)),
+            "frozen": optax.set_to_zero(),
+        },
+        {"a": "slow", "b": {"c": "fast", "d": "frozen"}},
+    )
+    found, opt_state = run(optimizer, params, gradient, 20)
+    slow, slow_state = run(make(), {"a": params["a"]}, gradient, 20)
+    fast, fast_state = run(gpa(optax.sgd(0.2), 0.5, 0.3), {"c": params["b"]["c"]}, gradient, 20)
+    expected = {
+        "a": eval_params(slow_state, slow)["a"],
+        "b": {"c": eval_params(fast_state, fast)["c"], "d": params["b"]["d"]},
+    }
+    assert_close(eval_params(opt_state, found), expected)
+    for sequence, of_slow in zip(
+        iterates(opt_state, found), iterates(slow_state, slow), strict=True
+    ):
+        assert_close(sequence["a"], of_slow["a"])
+        assert_close(sequence["b"]["d"], params["b"]["d"])
+
+
+def test_a_mask_may_be_a_prefix_of_the_params(params):
+    optimizer = optax.chain(
+        optax.masked(make(), {"a": True, "b": False}),
+        optax.masked(optax.set_to_zero(), {"a": False, "b": True}),
+    )
+    found, opt_state = run(optimizer, params, gradient, 5)
+    x = eval_params(opt_state, found)
+    assert_close(x["b"], params["b"])
+    assert not np.allclose(x["a"], found["a"])
+
+
+def test_a_gpa_within_a_gpa_is_evaluated_at_the_outer_average(params):
+    optimizer = gpa(make(), 0.5, 0.5)
+    found, opt_state = run(optimizer, params, gradient, 10)
+    assert isinstance(opt_state, GPAState)
+    assert_close(eval_params(opt_state, found), opt_state.x)
+
+
+# Bases: everything that optax offers as an optimizer, and GPA's own neighbours.
+BASES = {
+    "sgd": optax.sgd(LR),
+    "adam": optax.adam(LR),
+    "adamw": optax.adamw(LR),
+    "lion": optax.lion(0.01),
+    "adafactor": optax.adafactor(LR),
+    "lamb": optax.lamb(LR),
+    "muon": optax.contrib.muon(0.02),
+    "rmsprop": optax.rmsprop(0.01),
+    "adagrad": optax.adagrad(LR),
+    "novograd": optax.novograd(0.01),
+    "noisy_sgd": optax.noisy_sgd(LR),
+    "chain": optax.chain(optax.clip(1.0), optax.trace(0.9), optax.scale_by_learning_rate(0.01)),
+    "masked decay": optax.adamw(LR, mask=lambda p: jax.tree.map(lambda l: l.ndim > 1, p)),
+    "injected": optax.inject_hyperparams(optax.adamw)(LR),
+    "multisteps": optax.MultiSteps(optax.adam(LR), 2).gradient_transformation(),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(LR), 3),
+    "partition": optax.partition(
+        {"sgd": optax.sgd(LR), "adam": optax.adam(LR)}, {"a": "adam", "b": "sgd"}
+    ),
+    "prodigy": optax.contrib.prodigy(1.0),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.01),
+    "diloco": single_worker_diloco(optax.adam(LR), 4),
+}
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("base_params", ["z", "y"])
+@pytest.mark.parametrize("base", BASES)
+def test_any_base_steps_at_z_with_the_gradient_of_y(base, base_params, params):
+    """The three equations, with the base run by hand."""
+    optimizer = gpa(BASES[base], MU_X, MU_Y, base_params=base_params)
+    opt_state, y = optimizer.init(params), params
+    x = z = params
+    base_state = BASES[base].init(params)
+    update, base_update = jax.jit(optimizer.update), jax.jit(BASES[base].update)
+    for t in range(12):
+        grads = gradient(t, y)
+        seen = z if base_params == "z" else jax.tree.map(
+            lambda x, z: MU_Y * x + (1 - MU_Y) * z, x, z
+        )
+        base_updates, base_state = base_update(grads, base_state, seen)
+        z = optax.apply_updates(z, base_updates)
+        x = jax.tree.map(lambda x, z: MU_X * x + (1 - MU_X) * z, x, z)
+        updates, opt_state = update(grads, opt_state, y)
+        y = optax.apply_updates(y, updates)
+    found = iterates(opt_state, y)
+    np.testing.assert_allclose(flat(found.z), flat(z), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(flat(found.x), flat(x), atol=2e-4, rtol=2e-4)
+    assert_close(eval_params(opt_state, y), found.x)
+
+
+def test_extra_arguments_reach_the_base_and_unknown_ones_are_ignored(params):
+    plateau = optax.chain(
+        optax.adam(LR), optax.contrib.reduce_on_plateau(patience=1, factor=0.5, cooldown=0)
+    )
+    optimizer = optax.chain(optax.clip(1e6), gpa(plateau, MU_X, MU_Y))
+    opt_state = optimizer.init(params)
+    for _ in range(8):  # a loss that does not fall
+        _, opt_state = optimizer.update(
+            gradient(0, params), opt_state, params, value=jnp.ones(()), unknown="ignored"
+        )
+    assert float(opt_state[1].base_state[1].scale) < 1
+
+    for optimizer in (make(), gpa(optax.sgd(0.1))):
+        optimizer.update(gradient(0, params), optimizer.init(params), params, value=1.0)
+
+
+def test_injected_hyperparameters_change_mid_run_without_moving_z(params):
+    optimizer = optax.inject_hyperparams(
+        lambda learning_rate, mu_x, mu_y: gpa(optax.sgd(learning_rate), mu_x, mu_y)
+    )(LR, 0.9, 0.9)
+    found, opt_state = run(optimizer, params, gradient, 10)
+    before = iterates(opt_state, found)
+    for mu_x, mu_y in ((0.2, 0.1), (0.99, 0.95), (0.5, 0.0)):
+        opt_state.hyperparams.update(mu_x=jnp.asarray(mu_x), mu_y=jnp.asarray(mu_y))
+        no_gradient = jax.tree.map(jnp.zeros_like, params)
+        updates, opt_state = optimizer.update(no_gradient, opt_state, found)
+        found = optax.apply_updates(found, updates)
+        after = iterates(opt_state, found)
+        assert_close(after.z, before.z)
+        assert_close(
+            after.y, jax.tree.map(lambda x, z: mu_y * x + (1 - mu_y) * z, after.x, after.z)
+        )
+
+
+def test_map_params_reaches_x_and_the_base_and_nothing_else(params):
+    optimizer = optax.chain(optax.clip(1.0), make())
+    opt_state = optimizer.init(params)
+    specs = jax.tree.map(lambda p: p.shape, params)
+    marked = optax.tree.map_params(
+        optimizer,
+        lambda leaf, spec: (leaf.shape, spec),
+        opt_state,
+        specs,
+        transform_non_params=lambda leaf: "other",
+        is_leaf=lambda leaf: isinstance(leaf, jax.Array),
+    )
+    gpa_state = marked[1]
+    expected = jax.tree.map(lambda p: (p.shape, p.shape), params)
+    assert gpa_state.x == expected
+    assert gpa_state.base_state[0].mu == expected
+    assert (gpa_state.count, gpa_state.mu_y, gpa_state.y) == ("other", "other", None)
+
+
+def test_map_params_reaches_the_master_copy_when_the_state_dtype_is_given(params):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    optimizer = make(state_dtype=jnp.float32)
+    zeroed = optax.tree.map_params(optimizer, jnp.zeros_like, optimizer.init(params))
+    assert_close(zeroed.y, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+
+def test_many_steps_are_traced_once(params):
+    traces = []
+    optimizer = gpa(optax.adam(LR), averaging.warmed_up(0.99), optax.linear_schedule(0.5, 0.9, 20))
+
+    @jax.jit
+    def step(t, params, opt_state):
+        traces.append(t)
+        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    form = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), opt_state)
+    for t in range(30):
+        params, opt_state = step(t, params, opt_state)
+    assert len(traces) == 1
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), opt_state) == form
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_params_and_state_can_be_donated(dtype, params):
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    expected, expected_state = run(make(), params, gradient, 5)
+    optimizer = make()
+
+    def step(t, params, opt_state):
+        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    step = jax.jit(step, donate_argnums=(1, 2))
+    opt_state = optimizer.init(params)
+    for t in range(5):
+        given = (params, opt_state)
+        params, opt_state = step(t, params, opt_state)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given) if leaf.ndim)
+    assert_close(params, expected, 0.02 if dtype == jnp.bfloat16 else 1e-6)
+    assert_close(opt_state.x, expected_state.x, 1e-3 if dtype == jnp.bfloat16 else 1e-6)
+
+
+def test_vmap_trains_an_ensemble(params):
+    """Learning rates of its own for each member."""
+    rates = jnp.array([0.01, 0.1, 0.3])
+
+    def train(lr):
+        found, opt_state = run(make(lr), params, gradient, 5)
+        return eval_params(opt_state, found)
+
+    found = jax.vmap(train)(rates)
+    for i, lr in enumerate(rates):
+        assert_close(jax.tree.map(lambda leaf: leaf[i], found), train(float(lr)))
+
+
+def test_scan_over_steps_is_the_loop(params):
+    optimizer = make()
+
+    def step(carry, t):
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    (found, opt_state), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(20))
+    expected, expected_state = run(optimizer, params, gradient, 20)
+    assert_close(found, expected)
+    assert_close(opt_state.x, expected_state.x)
+
+
+def test_eval_shape_gives_the_state_without_making_it(params):
+    optimizer = make()
+    abstract = jax.eval_shape(optimizer.init, params)
+    state = optimizer.init(params)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    jax.tree.map(lambda a, s: (a.shape, a.dtype) == (s.shape, s.dtype) or pytest.fail(), abstract, state)
+    x = jax.eval_shape(eval_params, abstract, params)
+    assert jax.tree.map(lambda a: a.shape, x) == jax.tree.map(lambda p: p.shape, params)
+
+
+def test_checkpointed_losses_and_gradients_through_the_update(params):
+    optimizer = make()
+
+    @jax.checkpoint
+    def loss(params):
+        return sum(jnp.sum(jnp.sin(p) ** 2) for p in jax.tree.leaves(params))
+
+    found, opt_state = run(optimizer, params, lambda t, p: jax.grad(loss)(p), 30)
+    assert loss(eval_params(opt_state, found)) < loss(params)
+
+    def unrolled(lr):  # a meta-gradient
+        found, opt_state = run(gpa(optax.sgd(lr), MU_X, MU_Y), params, gradient, 3)
+        return loss(eval_params(opt_state, found))
+
+    slope = (unrolled(0.1 + 1e-2) - unrolled(0.1 - 1e-2)) / 2e-2
+    assert jax.grad(unrolled)(0.1) == pytest.approx(float(slope), rel=0.02)
+
+
+def test_a_non_finite_gradient_leaves_every_leaf_bit_identical(params):
+    optimizer = optax.apply_if_finite(optax.chain(optax.clip(1.0), make()), max_consecutive_errors=5)
+    found, opt_state = run(optimizer, params, gradient, 10)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        grads = gradient(0, params)
+        grads["b"]["c"] = grads["b"]["c"].at[2].set(bad)
+        updates, after = jax.jit(optimizer.update)(grads, opt_state, found)
+        for old, new in zip(
+            jax.tree.leaves((found, opt_state.inner_state)),
+            jax.tree.leaves((optax.apply_updates(found, updates), after.inner_state)),
+            strict=True,
+        ):
+            assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
+    # The guard is what saves it: without it the same gradient spoils the state.
+    _, spoiled = jax.jit(make().update)(grads, opt_state.inner_state[1], found)
+    assert not np.isfinite(spoiled.x["b"]["c"]).all()

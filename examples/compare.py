@@ -1,7 +1,7 @@
 """Trains the same model with several optimizers and tells which needs fewer steps.
 
-    python -m examples.compare llama
-    python -m examples.compare llama --steps 200 --gpa-adamw.learning-rate 8e-3
+python -m examples.compare llama
+python -m examples.compare llama --steps 200 --gpa-adamw.learning-rate 8e-3
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ class Config:
     """Sequences of held-out files to evaluate on."""
     out: Path = Path("runs/compare-llama")
     """Folder for compare.json and compare.png."""
-    adamw: AdamW = AdamW()
-    gpa_adamw: GPAAdamW = GPAAdamW()
-    model: LlamaConfig = LlamaConfig()
+    adamw: AdamW = dataclasses.field(default_factory=AdamW)
+    gpa_adamw: GPAAdamW = dataclasses.field(default_factory=GPAAdamW)
+    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "length", "evaluations", "validation_windows"):
@@ -192,8 +192,15 @@ def first_step_at(losses: list[tuple[int, float]], target: float) -> int | None:
 def table(runs: dict[str, Run]) -> Table:
     result = Table(title="Validation loss in nats per token")
     columns = (
-        "Optimizer", "Evaluated at", "Steps", "Loss", "Reaches AdamW's end at step", "Steps saved",
-        "s / step", "Optimizer state", "Memory of a step",
+        "Optimizer",
+        "Evaluated at",
+        "Steps",
+        "Loss",
+        "Reaches AdamW's end at step",
+        "Steps saved",
+        "s / step",
+        "Optimizer state",
+        "Memory of a step",
     )
     for column in columns:
         result.add_column(column, justify="left" if column in columns[:2] else "right")
@@ -206,9 +213,15 @@ def table(runs: dict[str, Run]) -> Table:
                 reached = "never" if step is None else str(step)
                 saved = "-" if step is None else f"{1 - step / run.steps:.0%}"
             result.add_row(
-                NAMES[name], weights, str(run.done), f"{losses[-1][1]:.4f}", reached, saved,
+                NAMES[name],
+                weights,
+                str(run.done),
+                f"{losses[-1][1]:.4f}",
+                reached,
+                saved,
                 f"{run.seconds_per_step:.3f}",
-                f"{run.optimizer_bytes / 2**20:.1f} MiB", f"{run.step_bytes / 2**20:.0f} MiB",
+                f"{run.optimizer_bytes / 2**20:.1f} MiB",
+                f"{run.step_bytes / 2**20:.0f} MiB",
             )
     return result
 
@@ -275,12 +288,20 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     goal = target(runs)
     if goal is not None:
         axes.axhline(goal, color="#0072B2", linewidth=0.8, linestyle="--")
-        step = first_step_at(runs["gpa-adamw"].validation_loss["x"], goal) if "gpa-adamw" in runs else None
+        step = (
+            first_step_at(runs["gpa-adamw"].validation_loss["x"], goal)
+            if "gpa-adamw" in runs
+            else None
+        )
         if step is not None:
             axes.plot([step], [goal], "o", color="#D55E00")
             axes.annotate(
-                f"AdamW's final loss at step {step}", (step, goal), xytext=(-10, 40),
-                textcoords="offset points", ha="right", arrowprops={"arrowstyle": "-"},
+                f"AdamW's final loss at step {step}",
+                (step, goal),
+                xytext=(-10, 40),
+                textcoords="offset points",
+                ha="right",
+                arrowprops={"arrowstyle": "-"},
             )
     # The first steps fall from ln(vocabulary); what is compared happens near the end.
     axes.set_ylim(min(lowest) - 0.1, min(lowest) + 2.0)

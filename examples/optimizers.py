@@ -1,4 +1,4 @@
-"""The optimizers that the examples compare, each with the answer to: which weights do I evaluate?"""
+"""The optimizers that the examples compare, each with its answer to: which weights to evaluate?"""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,9 +45,9 @@ class AdamW:
 class GPAAdamW:
     """GPA around AdamW; the averaging window follows the learning rate."""
 
-    learning_rate: float = 1.6e-2
+    learning_rate: float = 8e-3
     """Peak learning rate."""
-    window: float = 0.07
+    window: float = 0.05
     """Length of the averaging window at the peak learning rate, as a fraction of the run."""
     mu_y: float = 0.9
     """How far the params lie from z towards the average."""

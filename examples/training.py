@@ -47,7 +47,7 @@ def train(
     evaluate_every: int,
     report: Callable[[Run], None] = lambda run: None,
 ) -> None:
-    """Trains for `run.steps` updates and fills `run` as it goes, so that an interrupt loses nothing.
+    """Trains for `run.steps` updates, and fills `run` as it goes: an interrupt loses nothing.
 
     Args:
       model: the model; it is left as it was.

@@ -26,7 +26,7 @@ class SingleWorkerDiLoCoState(NamedTuple):
       outer_state: the state of the outer optimizer, which holds its momentum, a tree like ``slow``.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     slow: optax.Params
     inner_state: optax.OptState
     outer_state: optax.OptState
@@ -70,8 +70,8 @@ def single_worker_diloco(
     Raises:
       TypeError: if ``inner_optimizer`` is no transformation; from ``init``, if a leaf of the params
         is integer or boolean.
-      ValueError: if ``sync_period`` is below 1 or no whole number, ``outer_learning_rate`` negative,
-        ``outer_momentum`` outside [0, 1); from ``update``, if params are missing.
+      ValueError: if ``sync_period`` is below 1 or no whole number, ``outer_learning_rate``
+        negative, ``outer_momentum`` outside [0, 1); from ``update``, if params are missing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -105,7 +105,7 @@ def single_worker_diloco(
     inner_optimizer = optax.with_extra_args_support(inner_optimizer)
     outer_optimizer = optax.sgd(outer_learning_rate, outer_momentum, nesterov=True)
 
-    def init_fn(params: optax.Params) -> SingleWorkerDiLoCoState:
+    def init_fn(params: optax.Params) -> Any:
         check_inexact(params)
         slow = jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params)
         return SingleWorkerDiLoCoState(
@@ -116,21 +116,18 @@ def single_worker_diloco(
         )
 
     def update_fn(
-        updates: optax.Updates,
-        state: SingleWorkerDiLoCoState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SingleWorkerDiLoCoState]:
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_update("single_worker_diloco", updates, params, state.slow)
         inner_updates, inner_state = inner_optimizer.update(
             updates, state.inner_state, params, **extra_args
         )
         fast = optax.apply_updates(params, inner_updates)
 
-        def keep() -> tuple[optax.Params, optax.Params, optax.OptState]:
+        def keep() -> tuple[Any, Any, Any]:
             return fast, state.slow, state.outer_state
 
-        def synchronize() -> tuple[optax.Params, optax.Params, optax.OptState]:
+        def synchronize() -> tuple[Any, Any, Any]:
             delta = jax.tree.map(lambda s, f: s - f.astype(s.dtype), state.slow, fast)
             outer_updates, outer_state = outer_optimizer.update(
                 delta, state.outer_state, state.slow
@@ -139,7 +136,9 @@ def single_worker_diloco(
             return jax.tree.map(lambda s, f: s.astype(f.dtype), slow, fast), slow, outer_state
 
         count = optax.safe_increment(state.count)
-        new, slow, outer_state = jax.lax.cond(count % sync_period == 0, synchronize, keep)
+        new, slow, outer_state = jax.lax.cond(
+            jnp.remainder(count, sync_period) == 0, synchronize, keep
+        )
         return difference(new, params), SingleWorkerDiLoCoState(
             count=count, slow=slow, inner_state=inner_state, outer_state=outer_state
         )

@@ -28,7 +28,7 @@ class GPAState(NamedTuple):
       base_state: the state of the base optimizer.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     mu_y: jax.Array
     x: optax.Params
     y: optax.Params | None
@@ -138,13 +138,13 @@ def gpa(
     check_mu("mu_y", mu_y)
     if base_params not in ("z", "y"):
         raise ValueError(
-            f'base_params must be "z" or "y", got {base_params!r}. Give "z" to let weight decay act '
-            'on the fast iterate (the paper), "y" to let it act on the params.'
+            f'base_params must be "z" or "y", got {base_params!r}. Give "z" to let weight decay '
+            'act on the fast iterate (the paper), "y" to let it act on the params.'
         )
     state_dtype = state_dtype_or_error(state_dtype)
     base_optimizer = optax.with_extra_args_support(base_optimizer)
 
-    def init_fn(params: optax.Params) -> GPAState:
+    def init_fn(params: optax.Params) -> Any:
         check_inexact(params)
         y = jax.tree.map(lambda p: jnp.asarray(p, _wider(p, state_dtype)), params)
         return GPAState(
@@ -157,11 +157,8 @@ def gpa(
         )
 
     def update_fn(
-        updates: optax.Updates,
-        state: GPAState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GPAState]:
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
         check_update("gpa", updates, params, state.x)
         x, y = state.x, full_precision_y(state, params)
         z = recover_z(x, y, state.mu_y)
@@ -187,17 +184,17 @@ def gpa(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def recover_z(x: optax.Params, y: optax.Params, mu_y: jax.Array) -> optax.Params:
+def recover_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
     """z = x + (y - x) / (1 - mu_y), in the form that is exact where mu_y = 0 or x = y."""
     ratio = mu_y / (1 - mu_y)
     return jax.tree.map(lambda x, y: y + _like(ratio, y) * (y - x.astype(y.dtype)), x, y)
 
 
-def full_precision_y(state: GPAState, params: optax.Params) -> optax.Params:
+def full_precision_y(state: GPAState, params: Any) -> Any:
     return jax.tree.map(jnp.asarray, params if state.y is None else state.y)
 
 
-def difference(new: optax.Params, params: optax.Params) -> optax.Updates:
+def difference(new: Any, params: Any) -> Any:
     """The update that takes the params to `new`, in the params' dtype."""
     return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
 
@@ -214,7 +211,7 @@ def _mu_at(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typin
     return mu(count) if callable(mu) else mu
 
 
-def _one_minus(mu: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+def _one_minus(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     # For a constant the subtraction is Python's, in float64; an AveragingSchedule never forms mu,
     # of which float32 keeps too few digits near 1.
     return mu.weight(count) if isinstance(mu, AveragingSchedule) else 1 - _mu_at(mu, count)
@@ -225,7 +222,7 @@ def _like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
     return jnp.asarray(scalar, jnp.finfo(leaf.dtype).dtype)
 
 
-def _scalar_dtype(y: optax.Params) -> jnp.dtype:
+def _scalar_dtype(y: Any) -> jnp.dtype:
     """Float64 where a leaf needs it, float32 otherwise."""
     return jnp.result_type(
         jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(y))
@@ -247,7 +244,7 @@ def _wider(p: jax.typing.ArrayLike, state_dtype: jnp.dtype | None) -> jnp.dtype:
     return max(jnp.result_type(p), stored_dtype(p, state_dtype), key=lambda d: jnp.finfo(d).bits)
 
 
-def _needs_master(params: optax.Params, state_dtype: jnp.dtype | None) -> bool:
+def _needs_master(params: Any, state_dtype: jnp.dtype | None) -> bool:
     leaves = jax.tree.leaves(params)
     if not leaves:  # optax.tree.map_params: see the note in gpa's docstring
         return state_dtype is not None

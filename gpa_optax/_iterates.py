@@ -1,5 +1,6 @@
 """Reading x, y and z out of an optimizer state, however deep they are nested."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from gpa_optax._diloco import SingleWorkerDiLoCoState
-from gpa_optax._gpa import GPAState, full_precision_y, recover_z
+from gpa_optax._gpa import GPAState, recover_z
 
 
 class Iterates(NamedTuple):
@@ -93,16 +94,18 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
       >>> print(*(float(leaf) for leaf in iterates(opt_state, params)))
       0.5 0.75 1.0
     """
-    sequences: Iterates = Iterates([], [], [])
+    found = []
     for state in _find(opt_state, (GPAState,)):
-        xs = _aligned(state.x, params)
-        ys = _aligned(params if state.y is None else state.y, params)
-        ys = [y if x is not None else None for x, y in zip(xs, ys, strict=True)]
+        x = _aligned(state.x, params)
+        y = _aligned(params if state.y is None else state.y, params)
+        y = [None if of_x is None else of_y for of_x, of_y in zip(x, y, strict=True)]
         # flax.nnx.Optimizer keeps scalars in a Variable, which is a pytree of one leaf.
         (mu_y,) = jax.tree.leaves(state.mu_y)
-        for sequence, leaves in zip(sequences, (xs, ys, recover_z(xs, ys, mu_y)), strict=True):
-            sequence.append(leaves)
-    return Iterates(*(_combined(leaves, params, lambda leaf, p: leaf) for leaves in sequences))
+        found.append((x, y, recover_z(x, y, mu_y)))
+    x, y, z = (
+        _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)
+    )
+    return Iterates(x, y, z)
 
 
 def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
@@ -112,8 +115,8 @@ def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
     if not states:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
-            f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. Give the "
-            "state of an optimizer that contains gpa_optax.gpa: opt_state = optimizer.init(params)."
+            f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. "
+            "Give the state of an optimizer that contains gpa_optax.gpa: opt_state = optimizer.init(params)."
         )
     return states
 
@@ -122,7 +125,7 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _aligned(tree: Any, params: optax.Params) -> list[jax.Array | None]:
+def _aligned(tree: Any, params: Any) -> list[Any]:
     """The leaf of `tree` for each leaf of `params`, and None where `tree` is masked.
 
     Leaves are matched by path, because the containers may differ: a mask stands for a whole
@@ -150,13 +153,13 @@ def _aligned(tree: Any, params: optax.Params) -> list[jax.Array | None]:
     if unknown:
         path = min(unknown, key=keystr)
         raise ValueError(
-            f"params have no leaf at {keystr(path) or 'the root'}, where opt_state has one of shape "
-            f"{np.shape(found[path])}. {remedy}"
+            f"params have no leaf at {keystr(path) or 'the root'}, where opt_state has one "
+            f"of shape {np.shape(found[path])}. {remedy}"
         )
     return aligned
 
 
-def _unwrapped(tree: Any, params: optax.Params) -> Any:
+def _unwrapped(tree: Any, params: Any) -> Any:
     """Undoes the two wrappers that give their inner optimizer another tree than the params."""
     leaves, treedef = jax.tree.flatten(params)
     if isinstance(tree, jax.Array) and not jax.tree_util.treedef_is_leaf(treedef):  # optax.flatten
@@ -175,7 +178,7 @@ def _unwrapped(tree: Any, params: optax.Params) -> Any:
     return jax.tree.map(joined, tree, is_leaf=lambda node: is_split(node) or _is_masked(node))
 
 
-def _combined(states: list[list[jax.Array | None]], params: optax.Params, convert: Any) -> Any:
+def _combined(states: Sequence[list[Any]], params: Any, convert: Callable[[Any, Any], Any]) -> Any:
     """`params`, with each leaf that some state covers taken from there."""
     wanted, treedef = tree_flatten_with_path(params)
     leaves = []

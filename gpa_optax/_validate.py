@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -88,9 +89,7 @@ def check_inexact(params: Any) -> None:
             )
 
 
-def check_update(
-    caller: str, updates: Any, params: Any, reference: Any
-) -> None:
+def check_update(caller: str, updates: Any, params: Any, reference: Any) -> None:
     """The trees that `update` is given: params there, and both trees like the state's."""
     if params is None:
         raise ValueError(
@@ -129,8 +128,8 @@ def check_matches(what: str, tree: Any, reference: Any) -> None:
     for path, shape in shapes.items():
         if path not in expected:
             raise ValueError(
-                f"The {what} have a leaf of shape {shape} at {path or 'the root'}, where the params "
-                f"given to init have none. {remedy}"
+                f"The {what} have a leaf of shape {shape} at {path or 'the root'}, where the "
+                f"params given to init have none. {remedy}"
             )
     raise ValueError(
         f"The {what} are the tree {structure}, and the params given to init are the tree "

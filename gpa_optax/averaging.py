@@ -85,10 +85,18 @@ def from_diloco(inner_steps: float, outer_momentum: float = 0.9) -> float:
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
     check_in_range(
-        "inner_steps", inner_steps, 1, math.inf, "Give DiLoCo's steps per synchronization, such as 32."
+        "inner_steps",
+        inner_steps,
+        1,
+        math.inf,
+        "Give DiLoCo's steps per synchronization, such as 32.",
     )
     check_in_range(
-        "outer_momentum", outer_momentum, 0, 1, "Give DiLoCo's outer momentum, such as 0.9.",
+        "outer_momentum",
+        outer_momentum,
+        0,
+        1,
+        "Give DiLoCo's outer momentum, such as 0.9.",
         open_high=True,
     )
     return outer_momentum ** (1 / inner_steps)
@@ -162,7 +170,9 @@ def polynomial(power: float) -> AveragingSchedule:
     """
     remedy = "Give 0 for a uniform average, 1 or 2 to favour late iterates."
     check_in_range("power", power, 0, 1000, remedy)
-    exact = max(16, 4 * math.ceil(power))  # the formula's error is of order (power / exact)^5 / 30000
+    exact = max(
+        16, 4 * math.ceil(power)
+    )  # the formula's error is of order (power / exact)^5 / 30000
     n = np.arange(1, exact + 1, dtype=np.float64)
     inverse_weights = np.empty(exact)  # sum of (k / n)^p, over k from 1 to n
     total = 0.0
@@ -243,8 +253,8 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
     _check_constant(mu_x)
     if not callable(learning_rate):
         raise TypeError(
-            f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, or "
-            "use averaging.warmed_up(mu_x) if it is constant."
+            f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, "
+            "or use averaging.warmed_up(mu_x) if it is constant."
         )
     _check_positive("peak", peak, "Give the schedule's largest value.")
 
@@ -258,7 +268,7 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
 def lr_weighted(
     learning_rate: optax.ScalarOrSchedule, warmup_steps: int, power: float = 2
 ) -> AveragingSchedule:
-    r"""Schedule-Free's average under warmup: iterates weigh as the learning rate they were made with.
+    r"""Schedule-Free's average under warmup: iterates weigh as their learning rate.
 
     .. math::
 
@@ -294,7 +304,9 @@ def lr_weighted(
     check_in_range(
         "warmup_steps", warmup_steps, 0, math.inf, "Give the steps of warmup, or 0.", whole=True
     )
-    check_in_range("power", power, 0, math.inf, "Give 2 for Schedule-Free, 0 for a uniform average.")
+    check_in_range(
+        "power", power, 0, math.inf, "Give 2 for Schedule-Free, 0 for a uniform average."
+    )
     warmup_steps = int(warmup_steps)
 
     # The table is made of numbers also where this is called under a trace.
@@ -304,8 +316,8 @@ def lr_weighted(
         rates = np.broadcast_to(np.asarray(rates, np.float64), counts.shape)
     if not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
         raise ValueError(
-            f"learning_rate must be finite, at least 0 and not always 0 in the first {warmup_steps} "
-            f"+ 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
+            "learning_rate must be finite, at least 0 and not always 0 in the first "
+            f"{warmup_steps} + 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
         )
     weights = (np.maximum.accumulate(rates) / rates.max()) ** power
     totals = np.cumsum(weights)

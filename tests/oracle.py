@@ -1,7 +1,7 @@
 """GPA as the paper writes it, in float64 NumPy: the judge of the library.
 
 It keeps x, y and z apart, forms each from its own equation, and shares no code with the library.
-Parameters are flat dicts of arrays; a base optimizer is a function that makes one step of one array:
+Parameters are flat dicts of arrays; a base optimizer is a function that steps one array:
 ``step(memory, t, gradient, params, learning_rate) -> update``, with a dict of its own for memory.
 """
 

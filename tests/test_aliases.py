@@ -108,7 +108,8 @@ def test_every_argument_reaches_the_base(alias, arguments):
 def test_gpas_own_arguments_reach_it(alias):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     naive = alias(0.05, state_dtype=jnp.bfloat16).init(params)
-    assert naive.y is None and naive.x["w"].dtype == jnp.bfloat16
+    assert naive.y is None
+    assert naive.x["w"].dtype == jnp.bfloat16
     decay = {} if alias is gpa_sgd else {"weight_decay": 0.9}
     results = [
         run(alias(0.1, 0.9, 0.6, base_params=which, **decay), PARAMS, gradient, 8)[0]["w"]
@@ -132,7 +133,9 @@ def test_floats_and_schedules_work_for_all_three(alias):
             np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
             np.testing.assert_allclose(x[name], wanted[name], atol=1e-6)
     linear = optax.linear_schedule(0.05, 0.0, 10)
-    moving, state = run(alias(linear, averaging.uniform(), optax.linear_schedule(0, 0.9, 9)), PARAMS, gradient, 10)
+    moving, state = run(
+        alias(linear, averaging.uniform(), optax.linear_schedule(0, 0.9, 9)), PARAMS, gradient, 10
+    )
     assert float(state.mu_y) == pytest.approx(0.9)
     assert not np.allclose(moving["w"], constant[0]["w"])
 

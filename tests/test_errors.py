@@ -81,7 +81,11 @@ ARGUMENTS = [
     (lambda: averaging.lr_weighted(COSINE, -1), ValueError, ["warmup_steps", "-1"]),
     (lambda: averaging.lr_weighted(COSINE, 2.5), ValueError, ["warmup_steps", "2.5", "whole"]),
     (lambda: averaging.lr_weighted(COSINE, 5, -2), ValueError, ["power", "-2", "2"]),
-    (lambda: averaging.lr_weighted(0.0, 5), ValueError, ["learning_rate", "0.0", "first 5 + 1 steps"]),
+    (
+        lambda: averaging.lr_weighted(0.0, 5),
+        ValueError,
+        ["learning_rate", "0.0", "first 5 + 1 steps"],
+    ),
     (lambda: averaging.lr_weighted(-0.1, 5), ValueError, ["learning_rate", "-0.1"]),
     (lambda: averaging.lr_weighted(NAN, 5), ValueError, ["learning_rate", "nan"]),
     (lambda: averaging.lr_weighted("fast", 5), TypeError, ["learning_rate", "'fast'", "schedule"]),

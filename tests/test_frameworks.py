@@ -24,13 +24,10 @@ class NNXModel(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(3, 8, rngs=rngs)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.rest = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)])
+        self.last = nnx.Linear(8, 1, rngs=rngs)
 
     def __call__(self, x):
-        x = jax.nn.relu(self.norm(self.first(x)))
-        for layer in self.rest:
-            x = layer(x)
-        return x
+        return self.last(jax.nn.relu(self.norm(self.first(x))))
 
 
 def nnx_loss(model):
@@ -44,9 +41,7 @@ def optimizers():
         "chain": optax.chain(optax.clip_by_global_norm(1.0), plain),
         "masked": optax.chain(
             optax.masked(plain, lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p)),
-            optax.masked(
-                optax.sgd(0.01), lambda p: jax.tree.map(lambda leaf: leaf.ndim <= 1, p)
-            ),
+            optax.masked(optax.sgd(0.01), lambda p: jax.tree.map(lambda leaf: leaf.ndim <= 1, p)),
         ),
     }
 
@@ -54,6 +49,8 @@ def optimizers():
 @pytest.mark.parametrize("name", optimizers())
 def test_nnx_optimizer(name):
     """The model trains at y; a second model, for evaluation, is given x."""
+    if name == "masked" and not hasattr(nnx, "List"):
+        pytest.skip("before Flax 0.12 nnx.Optimizer cannot hold the state of optax.masked")
     model = NNXModel(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optimizers()[name], wrt=nnx.Param)
 
@@ -91,7 +88,7 @@ def test_nnx_optimizer(name):
 
     evaluated = nnx.clone(model)
     nnx.update(evaluated, x)
-    assert not np.allclose(evaluated.first.kernel[...], model.first.kernel[...])
+    assert not np.allclose(evaluated.first.kernel, model.first.kernel)
     assert np.isfinite(nnx_loss(evaluated))
 
 
@@ -222,7 +219,9 @@ def test_complex_params_are_averaged_like_their_real_and_imaginary_parts(rng):
     found, opt_state = run(gpa(optax.sgd(0.1), 0.9, 0.6), params, lambda t, p: p * (0.5 + 1j), 40)
     as_pair = jnp.stack([params.real, params.imag])
     turn = jnp.array([[0.5, -1.0], [1.0, 0.5]])
-    expected, expected_state = run(gpa(optax.sgd(0.1), 0.9, 0.6), as_pair, lambda t, p: turn @ p, 40)
+    expected, expected_state = run(
+        gpa(optax.sgd(0.1), 0.9, 0.6), as_pair, lambda t, p: turn @ p, 40
+    )
     for sequence, pair in zip(
         iterates(opt_state, found), iterates(expected_state, expected), strict=True
     ):

@@ -13,7 +13,11 @@ LOW = [jnp.bfloat16, jnp.float16]
 
 
 def dtypes(tree):
-    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return {
+        str(leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
 
 
 @pytest.mark.parametrize("grad_dtype", [None, jnp.float32])
@@ -91,7 +95,9 @@ def test_the_master_copy_tracks_float32_where_a_naive_state_stalls(dtype):
     exact = descend(start)
     way = float(start[0] - exact[0])
     assert way == pytest.approx(steps * lr, rel=0.02)
-    np.testing.assert_allclose(descend(start.astype(dtype)), exact, rtol=float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(
+        descend(start.astype(dtype)), exact, rtol=float(jnp.finfo(dtype).eps)
+    )
     naive = descend(start.astype(dtype), state_dtype=dtype)
     assert (np.abs(naive - exact) > 0.5 * way).all()
 

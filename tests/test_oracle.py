@@ -102,10 +102,12 @@ mus = st.floats(0, 0.99)
 shapes = st.lists(st.integers(1, 4), max_size=3).map(tuple)
 trees = st.recursive(
     shapes.map(lambda shape: np.zeros(shape, np.float32)),
-    lambda leaf: st.lists(leaf, max_size=3)
-    | st.lists(leaf, max_size=3).map(tuple)
-    | st.dictionaries(st.sampled_from("abcd"), leaf, max_size=3)
-    | st.just(None),
+    lambda leaf: (
+        st.lists(leaf, max_size=3)
+        | st.lists(leaf, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from("abcd"), leaf, max_size=3)
+        | st.just(None)
+    ),
     max_leaves=6,
 )
 
@@ -132,9 +134,7 @@ def schedule_or_constant(draw, values):
     mu_y=schedule_or_constant(mus),
     seed=st.integers(0, 2**16),
 )
-def test_any_tree_and_setting_agrees_with_the_oracle(
-    tree, base, base_params, lr, mu_x, mu_y, seed
-):
+def test_any_tree_and_setting_agrees_with_the_oracle(tree, base, base_params, lr, mu_x, mu_y, seed):
     rng = np.random.default_rng(seed)
     tree = {"root": tree}  # None alone would be no params at all
     treedef = jax.tree.structure(tree)
@@ -151,8 +151,12 @@ def test_any_tree_and_setting_agrees_with_the_oracle(
         updates, opt_state = update(gradients, opt_state, params)
         assert jax.tree.structure(updates) == treedef
         params = optax.apply_updates(params, updates)
-        judge.step(dict(enumerate(jax.tree.leaves(gradients))), *(s[1](t) for s in (lr, mu_x, mu_y)))
-    for found, expected in zip(iterates(opt_state, params), (judge.x, judge.y, judge.z), strict=True):
+        judge.step(
+            dict(enumerate(jax.tree.leaves(gradients))), *(s[1](t) for s in (lr, mu_x, mu_y))
+        )
+    for found, expected in zip(
+        iterates(opt_state, params), (judge.x, judge.y, judge.z), strict=True
+    ):
         for i, leaf in enumerate(jax.tree.leaves(found)):
             # z is y's distance from x, amplified by 1 / (1 - mu_y) <= 100, and so is its rounding.
             np.testing.assert_allclose(leaf, expected[i], atol=1e-4, rtol=1e-4)

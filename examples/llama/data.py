@@ -11,7 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_FILE = "<|end|>"
 # Tests and bundled packages are left out: not every distribution of Python ships them.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_bundled", "__pycache__"}
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "_bundled",
+    "__pycache__",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +45,7 @@ def standard_library(vocab_size: int, split_seed: int = 0) -> Corpus:
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
     held_out = len(files) // 10
     tokenizer = byte_pair_encoding(texts[held_out:], vocab_size)
-    validation, train = (
-        tokenize(tokenizer, part) for part in (texts[:held_out], texts[held_out:])
-    )
+    validation, train = (tokenize(tokenizer, part) for part in (texts[:held_out], texts[held_out:]))
     description = (
         f"{len(files)} files of Python's standard library: {len(train):,} tokens to train on, "
         f"{len(validation):,} to validate on"

@@ -1,7 +1,7 @@
 """Llama in Flax NNX: RMSNorm, rotary positions, grouped-query attention and SwiGLU, no biases.
 
-Letters in names of arrays are their axes: B batch, L length, D model, N query heads, K key and value
-heads, H head, F hidden, V vocabulary.
+Letters in names of arrays are their axes: B batch, L length, D model, N query heads, K key and
+value heads, H head, V vocabulary.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Maps int32 tokens of shape (B, L) to float32 logits of shape (B, L, V); embeddings are tied."""
+    """Maps int32 tokens (B, L) to float32 logits (B, L, V); the embeddings are tied."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)

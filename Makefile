@@ -1,0 +1,40 @@
+# Everything runs in .venv, which each target makes if it is not there.
+#
+#   make demo    trains a small Llama with AdamW and with GPA, and compares them
+#   make test    runs the tests
+#   make lint    checks style and types
+#   make build   builds the wheel and sdist, and tries the wheel in an empty environment
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint build clean
+
+demo: $(VENV)/examples
+	$(BIN)/python -m examples.compare llama $(ARGS)
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+build: $(VENV)/dev
+	rm -rf dist $(VENV)-wheel
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/python -I -W error ../tests/check_installed.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel dist
+
+# One stamp for each extra; a newer pyproject.toml installs again.
+$(VENV)/%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -15,7 +15,7 @@ ARGS ?=
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
 
-test: $(VENV)/test
+test: $(VENV)/examples,test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/dev

@@ -18,6 +18,7 @@ import optax
 import tyro
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,7 +28,7 @@ import gpa_optax
 from examples.llama.data import Corpus, even_windows, random_windows, standard_library
 from examples.llama.model import Llama, LlamaConfig
 from examples.llama.sampling import sample
-from examples.optimizers import AdamW, GPAAdamW
+from examples.optimizers import AdamW, GPAAdamW, Recipe
 from examples.training import Run, train
 
 NAMES = {"adamw": "AdamW", "gpa-adamw": "GPA-AdamW"}
@@ -80,40 +81,54 @@ class Config:
                 f"--model.vocab-size must be at least 257 (all bytes and the end of a file), got "
                 f"{self.model.vocab_size}."
             )
+        for name in self.optimizers:  # which check their own settings
+            self.recipe(name)
+
+    def recipe(self, optimizer: str) -> Recipe:
+        return getattr(self, optimizer.replace("-", "_")).recipe(self.steps)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     console = Console()
-    try:
-        config = tyro.cli(Config, prog="python -m examples.compare")
-        config.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        return 2
+    config = tyro.cli(Config, prog="python -m examples.compare", args=arguments)
     runs: dict[str, Run] = {}
     interrupted = False
     try:
+        config.out.mkdir(parents=True, exist_ok=True)
         corpus = prepare(config, console)
         run_all(config, corpus, runs, console)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        return 2
     except KeyboardInterrupt:
         interrupted = True
         console.print("\nInterrupted. What there is so far:")
-    if not any(run.validation_loss for run in runs.values()):
+    runs = {name: run for name, run in runs.items() if run.validation_loss}
+    if not runs:
         console.print("Nothing was trained.")
-        return 130 if interrupted else 0
+        return 130
     console.print(table(runs))
     console.print(verdict(runs), highlight=False)
     save(config, runs)
     plot(runs, config.out / "compare.png")
     if (text := sample_text(config, corpus, runs)) is not None:
         console.print(text)
-    console.print(f"Numbers and curves: {config.out}/compare.json, {config.out}/compare.png")
+    console.print(
+        f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.",
+        highlight=False,
+        soft_wrap=True,
+    )
     return 130 if interrupted else 0
 
 
 def prepare(config: Config, console: Console) -> Corpus:
     with console.status("Reading and tokenizing the standard library"):
         corpus = standard_library(config.model.vocab_size)
+    if config.length >= len(corpus.validation):
+        raise ValueError(
+            f"--length must be below the {len(corpus.validation):,} tokens that there are to "
+            f"validate on, got {config.length}."
+        )
     console.print(corpus.description, highlight=False)
     size = sum(p.size for p in jax.tree.leaves(nnx.state(new_model(config), nnx.Param)))
     console.print(
@@ -164,7 +179,7 @@ def run_all(config: Config, corpus: Corpus, runs: dict[str, Run], console: Conso
             train(
                 new_model(config),
                 next_token_loss,
-                getattr(config, name.replace("-", "_")).recipe(config.steps),
+                config.recipe(name),
                 random_windows(corpus.train, config.batch_size, config.length, config.seed),
                 validation,
                 run,
@@ -190,39 +205,38 @@ def first_step_at(losses: list[tuple[int, float]], target: float) -> int | None:
 
 
 def table(runs: dict[str, Run]) -> Table:
-    result = Table(title="Validation loss in nats per token")
-    columns = (
-        "Optimizer",
-        "Evaluated at",
-        "Steps",
-        "Loss",
-        "Reaches AdamW's end at step",
-        "Steps saved",
-        "s / step",
-        "Optimizer state",
-        "Memory of a step",
-    )
-    for column in columns:
-        result.add_column(column, justify="left" if column in columns[:2] else "right")
+    """A column for each set of weights that an optimizer offers for evaluation."""
     goal = target(runs)
+    columns = {}
     for name, run in runs.items():
         for weights, losses in run.validation_loss.items():
+            title = NAMES[name] if weights == "params" else f"{NAMES[name]} at {weights}"
             reached = saved = "-"
             if goal is not None and name != "adamw":
                 step = first_step_at(losses, goal)
                 reached = "never" if step is None else str(step)
-                saved = "-" if step is None else f"{1 - step / run.steps:.0%}"
-            result.add_row(
-                NAMES[name],
-                weights,
-                str(run.done),
+                saved = "none" if step is None else f"{1 - step / run.steps:.0%}"
+            columns[title] = (
+                f"{run.done} of {run.steps}",
                 f"{losses[-1][1]:.4f}",
                 reached,
                 saved,
                 f"{run.seconds_per_step:.3f}",
-                f"{run.optimizer_bytes / 2**20:.1f} MiB",
-                f"{run.step_bytes / 2**20:.0f} MiB",
+                f"{run.optimizer_bytes / 2**20:.1f}",
+                f"{run.step_bytes / 2**20:.0f}",
             )
+    rows = (
+        "Steps",
+        "Validation loss (nats per token)",
+        "Reaches AdamW's end at step",
+        "Steps saved",
+        "Seconds per step",
+        "Optimizer state (MiB)",
+        "Memory of a step (MiB)",
+    )
+    result = Table("", *columns)
+    for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
+        result.add_row(row, *values)
     return result
 
 

@@ -30,6 +30,9 @@ class AdamW:
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
 
+    def __post_init__(self):
+        check_positive("--adamw.learning-rate", self.learning_rate)
+
     def recipe(self, steps: int) -> Recipe:
         optimizer = optax.adamw(
             cosine(self.learning_rate, steps),
@@ -58,6 +61,10 @@ class GPAAdamW:
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
 
+    def __post_init__(self):
+        check_positive("--gpa-adamw.learning-rate", self.learning_rate)
+        check_positive("--gpa-adamw.window", self.window)
+
     def recipe(self, steps: int) -> Recipe:
         learning_rate = cosine(self.learning_rate, steps)
         mu_x = averaging.from_horizon(max(1, self.window * steps))
@@ -74,6 +81,11 @@ class GPAAdamW:
             clipped(optimizer),
             lambda opt_state, params: {"y": params, "x": eval_params(opt_state, params)},
         )
+
+
+def check_positive(flag: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{flag} must be positive, got {value}.")
 
 
 def clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

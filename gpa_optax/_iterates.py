@@ -116,7 +116,7 @@ def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
             f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. "
-            "Give the state of an optimizer that contains gpa_optax.gpa: opt_state = optimizer.init(params)."
+            "Give the state of an optimizer that contains gpa_optax.gpa."
         )
     return states
 

@@ -28,7 +28,7 @@ build: $(VENV)/dev
 	$(BIN)/python -m build --outdir dist
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
-	cd dist && ../$(VENV)-wheel/bin/python -I -W error ../tests/check_installed.py
+	cd dist && ../$(VENV)-wheel/bin/python -I ../.ci/check_installed.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel dist

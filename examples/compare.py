@@ -312,13 +312,13 @@ def plot(runs: dict[str, Run], path: Path) -> None:
             axes.annotate(
                 f"AdamW's final loss at step {step}",
                 (step, goal),
-                xytext=(-10, 40),
+                xytext=(-60, -30),
                 textcoords="offset points",
                 ha="right",
                 arrowprops={"arrowstyle": "-"},
             )
     # The first steps fall from ln(vocabulary); what is compared happens near the end.
-    axes.set_ylim(min(lowest) - 0.1, min(lowest) + 2.0)
+    axes.set_ylim(min(lowest) - 0.3, min(lowest) + 2.0)
     axes.set(xlabel="Step", ylabel="Validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -23,6 +23,8 @@ class AdamW:
 
     learning_rate: float = 8e-3
     """Peak learning rate."""
+    warmup: float = 0.05
+    """Part of the run in which the learning rate grows from 0 to its peak."""
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
@@ -32,10 +34,11 @@ class AdamW:
 
     def __post_init__(self):
         check_positive("--adamw.learning-rate", self.learning_rate)
+        check_warmup("--adamw.warmup", self.warmup)
 
     def recipe(self, steps: int) -> Recipe:
         optimizer = optax.adamw(
-            cosine(self.learning_rate, steps),
+            cosine(self.learning_rate, self.warmup, steps),
             b1=self.b1,
             b2=self.b2,
             weight_decay=self.weight_decay,
@@ -50,6 +53,8 @@ class GPAAdamW:
 
     learning_rate: float = 8e-3
     """Peak learning rate."""
+    warmup: float = 0.05
+    """Part of the run in which the learning rate grows from 0 to its peak."""
     window: float = 0.05
     """Length of the averaging window at the peak learning rate, as a fraction of the run."""
     mu_y: float = 0.9
@@ -63,10 +68,11 @@ class GPAAdamW:
 
     def __post_init__(self):
         check_positive("--gpa-adamw.learning-rate", self.learning_rate)
+        check_warmup("--gpa-adamw.warmup", self.warmup)
         check_positive("--gpa-adamw.window", self.window)
 
     def recipe(self, steps: int) -> Recipe:
-        learning_rate = cosine(self.learning_rate, steps)
+        learning_rate = cosine(self.learning_rate, self.warmup, steps)
         mu_x = averaging.from_horizon(max(1, self.window * steps))
         optimizer = gpa_adamw(
             learning_rate,
@@ -88,13 +94,19 @@ def check_positive(flag: str, value: float) -> None:
         raise ValueError(f"{flag} must be positive, got {value}.")
 
 
+def check_warmup(flag: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{flag} must be in [0, 1), got {value}.")
+
+
 def clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
-def cosine(peak: float, steps: int) -> optax.Schedule:
-    """Linear warmup over a twentieth of the run, then a cosine to 0."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 20), max(2, steps))
+def cosine(peak: float, warmup: float, steps: int) -> optax.Schedule:
+    """Linear warmup over a part of the run, then a cosine to 0."""
+    warmup_steps = max(1, round(warmup * steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(steps, warmup_steps + 1))
 
 
 def matrices(params: optax.Params) -> optax.Params:

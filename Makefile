@@ -3,7 +3,7 @@
 #   make demo    trains a small Llama with AdamW and with GPA, and compares them
 #   make test    runs the tests
 #   make lint    checks style and types
-#   make build   builds the wheel and sdist, and tries the wheel in an empty environment
+#   make build   builds the wheel and sdist, and tries each in an empty environment
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,14 +24,16 @@ lint: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 build: $(VENV)/dev
-	rm -rf dist $(VENV)-wheel
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist
-	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
-	cd dist && ../$(VENV)-wheel/bin/python -I ../.ci/check_installed.py
+	for built in dist/*.whl dist/*.tar.gz; do \
+		rm -rf $(VENV)-built && $(PYTHON) -m venv $(VENV)-built && \
+		$(VENV)-built/bin/python -m pip install --quiet $$built && \
+		$(VENV)-built/bin/python -I .ci/check_installed.py || exit 1; \
+	done
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel dist
+	rm -rf $(VENV) $(VENV)-built dist
 
 # One stamp for each extra; a newer pyproject.toml installs again.
 $(VENV)/%: pyproject.toml

@@ -25,7 +25,7 @@ opt_state = optimizer.init(params)
 for _ in range(100):
     updates, opt_state = jax.jit(optimizer.update)(params, opt_state, params)
     params = optax.apply_updates(params, updates)
-assert float(jnp.abs(gpa_optax.eval_params(opt_state, params)["w"]).max()) < 0.1
+assert float(jnp.abs(gpa_optax.eval_params(opt_state, params)["w"]).max()) < 0.5
 for alias in (gpa_optax.gpa_adamw, gpa_optax.gpa_sgd, gpa_optax.gpa_lion, gpa_optax.gpa_muon):
     alias(0.1).init(params)
 gpa_optax.single_worker_diloco(optax.sgd(0.1), 4).init(params)

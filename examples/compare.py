@@ -41,9 +41,9 @@ class Config:
 
     workload: tyro.conf.Positional[Literal["llama"]]
     """What to train."""
-    steps: int = 400
+    steps: int = 1000
     """Updates of each optimizer."""
-    batch_size: int = 128
+    batch_size: int = 48
     """Sequences in a batch."""
     length: int = 64
     """Tokens in a sequence."""
@@ -51,9 +51,9 @@ class Config:
     """Decides the initialization and the order of the batches."""
     optimizers: tuple[Literal["adamw", "gpa-adamw"], ...] = ("adamw", "gpa-adamw")
     """Which optimizers to run, in this order."""
-    evaluations: int = 40
+    evaluations: int = 25
     """How often to evaluate in the course of a run."""
-    validation_windows: int = 512
+    validation_windows: int = 256
     """Sequences of held-out files to evaluate on."""
     out: Path = Path("runs/compare-llama")
     """Folder for compare.json and compare.png."""
@@ -260,7 +260,7 @@ def verdict(runs: dict[str, Run]) -> str:
 def save(config: Config, runs: dict[str, Run]) -> None:
     """Writes every measured number, with the configuration and versions behind it."""
     results = {
-        "config": tyro_free(dataclasses.asdict(config)),
+        "config": dataclasses.asdict(config),
         "versions": {
             "python": platform.python_version(),
             **{module.__name__: module.__version__ for module in (gpa_optax, jax, optax)},
@@ -275,11 +275,7 @@ def save(config: Config, runs: dict[str, Run]) -> None:
             for name, run in runs.items()
         },
     }
-    (config.out / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-
-
-def tyro_free(config: dict) -> dict:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+    (config.out / "compare.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:

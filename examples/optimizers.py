@@ -23,7 +23,7 @@ class AdamW:
 
     learning_rate: float = 8e-3
     """Peak learning rate."""
-    warmup: float = 0.05
+    warmup: float = 0.15
     """Part of the run in which the learning rate grows from 0 to its peak."""
     b1: float = 0.9
     """Decay of the first moment."""

@@ -74,11 +74,12 @@ def train(
         return jax.lax.map(lambda batch: loss(nnx.merge(graph, params), batch), batches).mean()
 
     def evaluate_candidates():
-        for name, weights in recipe.candidates(opt_state, params).items():
+        candidates = recipe.candidates(opt_state, params)
+        for name, weights in candidates.items():
             losses = run.validation_loss.setdefault(name, [])
             losses.append((run.done, float(evaluate(weights, validation))))
-            # A copy, because the next step donates the arrays.
-            run.weights = jax.tree.map(lambda w: w.copy(), weights)
+        *_, best = candidates.values()
+        run.weights = jax.tree.map(lambda w: w.copy(), best)  # the next step donates the arrays
 
     batch = next(batches)
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()

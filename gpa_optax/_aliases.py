@@ -1,6 +1,5 @@
 """GPA around the usual base optimizers, with the base's own arguments after `mu_x` and `mu_y`."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,7 +9,7 @@ from optax.contrib import muon
 from gpa_optax._gpa import gpa
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
-MaskOrFn = Any | Callable[[optax.Params], Any] | None
+MaskOrFn = Any
 
 
 def gpa_adamw(
@@ -26,7 +25,7 @@ def gpa_adamw(
     mask: MaskOrFn = None,
     *,
     nesterov: bool = False,
-    base_params: str = "z",
+    base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around AdamW, the paper's main setting.
@@ -49,8 +48,9 @@ def gpa_adamw(
       learning_rate: AdamW's learning rate, a float or a schedule of the step count.
       mu_x: how slowly the average moves; see `gpa`.
       mu_y: how far the params lie from z towards x; see `gpa`.
-      b1: decay of the first moment. A float 0 saves its buffer; injected by
-        `optax.inject_hyperparams` it does not, unless named in its ``static_args``.
+      b1: decay of the first moment. A float 0 saves its buffer (unless ``eps_root`` is used).
+        `optax.inject_hyperparams` makes arrays of floats; name ``b1`` and ``eps_root`` in its
+        ``static_args`` to save the buffer there.
       b2: decay of the second moment.
       eps: added to the denominator outside the square root.
       eps_root: added to the denominator inside the square root.
@@ -85,12 +85,7 @@ def gpa_adamw(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
-    if (
-        isinstance(b1, (int, float))
-        and b1 == 0
-        and isinstance(eps_root, (int, float))
-        and eps_root == 0
-    ):
+    if _is_zero(b1) and _is_zero(eps_root):
         # The same update as optax.adamw's, without a first moment that is always the gradient.
         base = optax.chain(
             optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
@@ -104,6 +99,11 @@ def gpa_adamw(
     return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
 
 
+def _is_zero(value: jax.typing.ArrayLike) -> bool:
+    """Whether it is a Python 0; an array may change, and the form of the state must not."""
+    return isinstance(value, (int, float)) and value == 0
+
+
 def gpa_sgd(
     learning_rate: optax.ScalarOrSchedule,
     mu_x: optax.ScalarOrSchedule = 0.9967,
@@ -112,7 +112,7 @@ def gpa_sgd(
     nesterov: bool = False,
     accumulator_dtype: Any = None,
     *,
-    base_params: str = "z",
+    base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around SGD: with ``mu_x=mu_y`` and no momentum, Nesterov's method.
@@ -171,7 +171,7 @@ def gpa_lion(
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: MaskOrFn = None,
     *,
-    base_params: str = "z",
+    base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around Lion.
@@ -250,7 +250,7 @@ def gpa_muon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: Any = None,
     consistent_rms: jax.typing.ArrayLike | None = None,
-    base_params: str = "z",
+    base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around Muon: orthogonalized momentum for matrices, AdamW for the other leaves.

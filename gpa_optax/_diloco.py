@@ -1,6 +1,5 @@
 """Single-worker DiLoCo, the two-loop method that GPA replaces."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,8 @@ import optax
 
 from gpa_optax._gpa import difference, stored_dtype
 from gpa_optax._validate import (
-    check_in_range,
+    check_at_least,
+    check_fraction,
     check_inexact,
     check_transformation,
     check_update,
@@ -54,7 +54,9 @@ def single_worker_diloco(
       \end{align*}
 
     It keeps two buffers more than the inner optimizer, where `gpa_optax.gpa` keeps one. It is here
-    so that the comparison is at hand; `gpa_optax.eval_params` gives the slow weights.
+    so that the comparison is at hand; `gpa_optax.eval_params` gives the slow weights. Those are at
+    least float32; the fast weights are the params themselves, so with bfloat16 params small steps
+    of the inner optimizer are rounded away, as they are without DiLoCo.
 
     Args:
       inner_optimizer: the optimizer of the inner loop, such as ``optax.adamw(1e-3)``. Extra
@@ -96,16 +98,16 @@ def single_worker_diloco(
     """
     check_transformation("inner_optimizer", inner_optimizer)
     remedy = "Give the whole number of inner steps between synchronizations, such as 32."
-    check_in_range("sync_period", sync_period, 1, math.inf, remedy, whole=True)
+    check_at_least("sync_period", sync_period, 1, remedy, whole=True)
     if not callable(outer_learning_rate):
         remedy = "Give the outer optimizer's learning rate, such as 0.7."
-        check_in_range("outer_learning_rate", outer_learning_rate, 0, math.inf, remedy)
+        check_at_least("outer_learning_rate", outer_learning_rate, 0, remedy)
     remedy = "Give the outer optimizer's momentum, such as 0.9."
-    check_in_range("outer_momentum", outer_momentum, 0, 1, remedy, open_high=True)
+    check_fraction("outer_momentum", outer_momentum, remedy)
     inner_optimizer = optax.with_extra_args_support(inner_optimizer)
     outer_optimizer = optax.sgd(outer_learning_rate, outer_momentum, nesterov=True)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> SingleWorkerDiLoCoState:
         check_inexact(params)
         slow = jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params)
         return SingleWorkerDiLoCoState(
@@ -116,8 +118,11 @@ def single_worker_diloco(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: SingleWorkerDiLoCoState,
+        params: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SingleWorkerDiLoCoState]:
         check_update("single_worker_diloco", updates, params, state.slow)
         inner_updates, inner_state = inner_optimizer.update(
             updates, state.inner_state, params, **extra_args
@@ -143,4 +148,5 @@ def single_worker_diloco(
             count=count, slow=slow, inner_state=inner_state, outer_state=outer_state
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Optax types every state as one tree type, which a NamedTuple with fields of its own is not.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]

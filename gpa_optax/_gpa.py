@@ -1,6 +1,6 @@
 """Generalized Primal Averaging: the transformation and its state."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ class GPAState(NamedTuple):
 
     Attributes:
       count: number of updates so far; an int32 scalar that stops at its largest value.
-      mu_y: the `mu_y` of the last update, a scalar: y was formed with it, so z comes back with it.
+      mu_y: the ``mu_y`` of the last update, a scalar, with which z comes back; 0 before the first.
       x: the average, a tree like the params, in the state's dtype.
       y: the params at the state's dtype, a tree like the params, when any of them is narrower than
-        that; the params are its cast. None otherwise: the params themselves are y.
+        that; the params are its cast, up to the rounding of their updates. None otherwise: the
+        params themselves are y.
       base_state: the state of the base optimizer.
     """
 
@@ -40,7 +41,7 @@ def gpa(
     mu_x: optax.ScalarOrSchedule = 0.9967,
     mu_y: optax.ScalarOrSchedule = 0.7,
     *,
-    base_params: str = "z",
+    base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the iterates of any optimizer smoothly, at every step.
@@ -71,10 +72,11 @@ def gpa(
     ========================  ==================================================================
 
     The transformation may stand inside and around any other, with one rule: its update must be the
-    last thing that touches the params. Gradients are clipped before it, as in
-    ``optax.chain(optax.clip_by_global_norm(1.0), gpa(...))``; whatever scales or adds to updates
-    (weight decay, a learning rate) belongs into the base optimizer. The params must only change by
-    these updates.
+    last thing that touches the params, and the params must change by nothing else. Gradients are
+    clipped before it, as in ``optax.chain(optax.clip_by_global_norm(1.0), gpa(...))``; whatever
+    scales or adds to updates (weight decay, a learning rate) belongs into the base optimizer. So
+    does a wrapper that moves the params itself, such as `optax.lookahead` or
+    `optax.contrib.mechanize`: around GPA it would change y behind GPA's back.
 
     Args:
       base_optimizer: the optimizer whose iterates are averaged. Its learning-rate schedule, weight
@@ -84,12 +86,13 @@ def gpa(
         run. See `gpa_optax.averaging` for constants and schedules, among them schedules that stay
         exact near 1.
       mu_y: how far y lies from z towards x, in [0, 1): a float or a schedule. It acts as the
-        momentum.
+        momentum. A schedule must stay below 1, where z is lost.
       base_params: which iterate the base optimizer is given as its params, and so where decoupled
         weight decay acts: "z", as in the paper, or "y".
       state_dtype: the dtype of x, and of y when the params are narrower than it. Default: float32
         for params narrower than that, else the params' own. The base optimizer runs at the wider of
-        the params' and this dtype. Complex params have complex x of the same precision.
+        the params' and this dtype. Complex params have complex x of the same precision. In bfloat16
+        x stalls where ``1 - mu_x`` is not well above its resolution, 1/256.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`. ``update`` needs
@@ -144,12 +147,13 @@ def gpa(
     state_dtype = state_dtype_or_error(state_dtype)
     base_optimizer = optax.with_extra_args_support(base_optimizer)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> GPAState:
         check_inexact(params)
         y = jax.tree.map(lambda p: jnp.asarray(p, _wider(p, state_dtype)), params)
         return GPAState(
             count=jnp.zeros([], jnp.int32),
-            mu_y=jnp.asarray(_mu_at(mu_y, 0), _scalar_dtype(y)),
+            # Of no update yet, and so z = y, also where x is stored with fewer digits than y.
+            mu_y=jnp.zeros([], _scalar_dtype(y)),
             # A copy, because params and state are both donated to the train step.
             x=jax.tree.map(lambda p: jnp.array(p, stored_dtype(p, state_dtype), copy=True), params),
             y=jax.tree.map(jnp.copy, y) if _needs_master(params, state_dtype) else None,
@@ -157,8 +161,8 @@ def gpa(
         )
 
     def update_fn(
-        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates, state: GPAState, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, GPAState]:
         check_update("gpa", updates, params, state.x)
         x, y = state.x, full_precision_y(state, params)
         z = recover_z(x, y, state.mu_y)
@@ -167,21 +171,22 @@ def gpa(
             grads, state.base_state, z if base_params == "z" else y, **extra_args
         )
 
-        weight = _one_minus(mu_x, state.count)
-        next_mu_y = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
+        weight_of_z = _one_minus(mu_x, state.count)
+        mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
         z = optax.apply_updates(z, base_updates)
-        x = jax.tree.map(lambda x, z: _lerp(x, z, weight).astype(x.dtype), x, z)
-        y = jax.tree.map(lambda x, z: _lerp(x, z, 1 - next_mu_y), x, z)
+        x = jax.tree.map(lambda x, z: _lerp(x, z, weight_of_z).astype(x.dtype), x, z)
+        y = jax.tree.map(lambda x, z: _lerp(z, x, mu_y_now), x, z)
 
         return difference(y, params), GPAState(
             count=optax.safe_increment(state.count),
-            mu_y=next_mu_y,
+            mu_y=mu_y_now,
             x=x,
             y=None if state.y is None else y,
             base_state=base_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # Optax types every state as one tree type, which a NamedTuple with fields of its own is not.
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
 
 
 def recover_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
@@ -199,12 +204,10 @@ def difference(new: Any, params: Any) -> Any:
     return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
 
 
-def _lerp(x: jax.Array, z: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
-    """(1 - weight) x + weight z in z's dtype; exact at both ends, so that mu = 0 gives z."""
-    weight = _like(weight, z)
-    x = x.astype(z.dtype)
-    near_z = weight > 0.5
-    return jnp.where(near_z, z, x) + jnp.where(near_z, weight - 1, weight) * (z - x)
+def _lerp(start: jax.Array, end: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
+    """(1 - weight) start + weight end, in the form that keeps the digits of a small weight."""
+    way = end - start
+    return start + _like(weight, way) * way
 
 
 def _mu_at(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
@@ -234,6 +237,7 @@ def stored_dtype(p: jax.typing.ArrayLike, state_dtype: jnp.dtype | None = None) 
     dtype = jnp.result_type(p)
     if state_dtype is None:
         return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    state_dtype = jax.dtypes.canonicalize_dtype(state_dtype)  # float32 for float64 without x64
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return jnp.promote_types(state_dtype, jnp.complex64)
     return state_dtype
@@ -246,6 +250,8 @@ def _wider(p: jax.typing.ArrayLike, state_dtype: jnp.dtype | None) -> jnp.dtype:
 
 def _needs_master(params: Any, state_dtype: jnp.dtype | None) -> bool:
     leaves = jax.tree.leaves(params)
-    if not leaves:  # optax.tree.map_params: see the note in gpa's docstring
+    if not leaves:
+        # An empty tree, or optax.tree.map_params, which asks for the form of the state with a
+        # placeholder that has no dtypes: whoever gives a state_dtype has params narrower than it.
         return state_dtype is not None
     return any(_wider(p, state_dtype) != jnp.result_type(p) for p in leaves)

@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from gpa_optax._diloco import SingleWorkerDiLoCoState
-from gpa_optax._gpa import GPAState, recover_z
+from gpa_optax._gpa import GPAState, full_precision_y, recover_z
 
 
 class Iterates(NamedTuple):
@@ -32,18 +32,23 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
 
     Finds the GPA state wherever it is in ``opt_state``: in a chain, `optax.masked`,
     `optax.partition`, `optax.MultiSteps`, `optax.inject_hyperparams`, `optax.apply_if_finite` and
-    every other wrapper; in a `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`,
-    whole or their ``opt_state``. For `single_worker_diloco` it gives the slow weights.
+    every other wrapper (`optax.flatten` of all params, but not of a part of them); in a
+    `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`, whole or their ``opt_state``.
+    For `single_worker_diloco` it gives the slow weights.
+
+    Running statistics, such as BatchNorm's, are no params: they belong to y. Compute them anew at
+    x, by some forward passes over training data, before a model that has them is evaluated there.
 
     Args:
       opt_state: the optimizer's state, or anything that holds it and is a pytree.
-      params: the params of the training loop, with the structure that ``init`` was given.
+      params: the params of the training loop, with the structure that ``init`` was given. Where
+        GPA covers every leaf their shapes and dtypes suffice, as `jax.eval_shape` gives them.
 
     Returns:
       A tree like ``params``, in its dtypes and shapes. Leaves that no GPA state covers (frozen, or
       with an optimizer of their own) are those of ``params``; where there are several GPA states,
       each leaf comes from the one that covers it. Leaves in the state's own dtype are its arrays,
-      not copies: they go with the state when it is donated.
+      not copies: where the training step donates the state, copy what must outlive it.
 
     Raises:
       ValueError: if there is no GPA state in ``opt_state``, if its leaves are not those of
@@ -81,7 +86,8 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
       that of ``params`` in all three.
 
     Raises:
-      ValueError: as for `eval_params`; `single_worker_diloco` has no such three sequences.
+      ValueError: as for `eval_params`; `single_worker_diloco` has no such three sequences; for an
+        ensemble made by `jax.vmap`, which must also be read under it.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -97,10 +103,15 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
     found = []
     for state in _find(opt_state, (GPAState,)):
         x = _aligned(state.x, params)
-        y = _aligned(params if state.y is None else state.y, params)
+        y = _aligned(full_precision_y(state, params), params)
         y = [None if of_x is None else of_y for of_x, of_y in zip(x, y, strict=True)]
         # flax.nnx.Optimizer keeps scalars in a Variable, which is a pytree of one leaf.
         (mu_y,) = jax.tree.leaves(state.mu_y)
+        if np.ndim(mu_y) != 0:
+            raise ValueError(
+                f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
+                "Call jax.vmap(iterates)(opt_state, params)."
+            )
         found.append((x, y, recover_z(x, y, mu_y)))
     x, y, z = (
         _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)
@@ -116,7 +127,8 @@ def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
             f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. "
-            "Give the state of an optimizer that contains gpa_optax.gpa."
+            "Give the state of an optimizer that contains gpa_optax.gpa, in the form that init "
+            "gave it (a checkpoint restored without that form has lost its types)."
         )
     return states
 
@@ -162,20 +174,21 @@ def _aligned(tree: Any, params: Any) -> list[Any]:
 def _unwrapped(tree: Any, params: Any) -> Any:
     """Undoes the two wrappers that give their inner optimizer another tree than the params."""
     leaves, treedef = jax.tree.flatten(params)
-    if isinstance(tree, jax.Array) and not jax.tree_util.treedef_is_leaf(treedef):  # optax.flatten
-        sizes = [np.size(p) for p in leaves]
-        if tree.shape == (sum(sizes),):
-            pieces = jnp.split(tree, np.cumsum(sizes)[:-1])
-            shaped = [piece.reshape(np.shape(p)) for piece, p in zip(pieces, leaves, strict=True)]
-            return jax.tree.unflatten(treedef, shaped)
+    sizes = [np.size(p) for p in leaves]
+    if getattr(tree, "shape", None) == (sum(sizes),):  # optax.flatten
+        pieces = jnp.split(tree, np.cumsum(sizes)[:-1])
+        shaped = [piece.reshape(np.shape(p)) for piece, p in zip(pieces, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, shaped)
+    return jax.tree.map(_joined, tree, is_leaf=lambda node: _is_split(node) or _is_masked(node))
 
-    def is_split(node: Any) -> bool:  # optax.contrib.split_real_and_imaginary
-        return getattr(node, "_fields", None) == ("real", "imaginary")
 
-    def joined(node: Any) -> Any:
-        return jax.lax.complex(node.real, node.imaginary) if is_split(node) else node
+def _is_split(node: Any) -> bool:
+    """The pair that optax.contrib.split_real_and_imaginary makes of a complex leaf."""
+    return type(node).__name__ == "SplitRealAndImaginaryArrays"
 
-    return jax.tree.map(joined, tree, is_leaf=lambda node: is_split(node) or _is_masked(node))
+
+def _joined(node: Any) -> Any:
+    return jax.lax.complex(node.real, node.imaginary) if _is_split(node) else node
 
 
 def _combined(states: Sequence[list[Any]], params: Any, convert: Callable[[Any, Any], Any]) -> Any:

@@ -31,42 +31,43 @@ def check_mu(name: str, mu: Any) -> None:
     """`mu_x` and `mu_y` lie in [0, 1); schedules and traced values pass."""
     if callable(mu) or is_traced(mu):
         return
-    value = check_number(name, mu, "Give a float in [0, 1) or an optax schedule.")
-    if name == "mu_y" and value == 1:
+    remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
+    # In float32, because the state keeps mu_y in it.
+    if name == "mu_y" and np.float32(check_number(name, mu, remedy)) == 1:
         raise ValueError(
-            f"{name} must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
+            f"mu_y must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
             "and the fast iterate z = x + (y - x) / (1 - mu_y) cannot be recovered from them. "
             "Give a smaller value, such as 0.99."
         )
-    if not 0 <= value < 1:  # False for NaN
-        raise ValueError(
-            f"{name} must be in [0, 1), got {mu!r}. Give the fraction that is kept of x, "
-            "such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
-        )
+    check_fraction(name, mu, remedy)
 
 
-def check_in_range(
-    name: str,
-    value: Any,
-    low: float,
-    high: float,
-    remedy: str,
-    *,
-    open_high: bool = False,
-    whole: bool = False,
-) -> None:
-    """ValueError unless the value is finite and in [low, high], or [low, high) with open_high."""
+def check_at_least(name: str, value: Any, low: float, remedy: str, *, whole: bool = False) -> None:
+    """ValueError unless the value is finite and at least `low`; traced values pass."""
     if is_traced(value):
         return
     number = check_number(name, value, remedy)
-    inside = low <= number < high if open_high else low <= number <= high
-    if not inside or not math.isfinite(number) or (whole and number != int(number)):
+    if not low <= number < math.inf or (whole and number != int(number)):
         kind = "a whole number" if whole else "a finite number"
-        if math.isinf(high):
-            wanted = f"{kind} of at least {low:g}"
-        else:
-            wanted = f"{kind} in [{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}. {remedy}")
+        raise ValueError(f"{name} must be {kind} of at least {low:g}, got {value!r}. {remedy}")
+
+
+def check_fraction(name: str, value: Any, remedy: str) -> None:
+    """ValueError unless the value is in [0, 1); traced values pass."""
+    if not is_traced(value) and not 0 <= check_number(name, value, remedy) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}. {remedy}")
+
+
+def check_positive(name: str, value: Any, remedy: str) -> None:
+    """ValueError unless the value is finite and above 0; traced values pass."""
+    if not is_traced(value) and not 0 < check_number(name, value, remedy) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}. {remedy}")
+
+
+def check_concrete(name: str, value: Any, remedy: str) -> None:
+    """TypeError for a traced value, where a table is computed from it."""
+    if is_traced(value):
+        raise TypeError(f"{name} must be known when the schedule is made, got {value!r}. {remedy}")
 
 
 def check_transformation(name: str, optimizer: Any) -> None:

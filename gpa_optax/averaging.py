@@ -17,7 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpa_optax._validate import check_in_range, check_number, is_traced
+from gpa_optax._validate import (
+    check_at_least,
+    check_concrete,
+    check_fraction,
+    check_number,
+    check_positive,
+)
 
 __all__ = [
     "AveragingSchedule",
@@ -29,6 +35,9 @@ __all__ = [
     "uniform",
     "warmed_up",
 ]
+
+
+_CONSTANT = "Give a constant such as 0.99, or averaging.from_horizon(steps)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +93,8 @@ def from_diloco(inner_steps: float, outer_momentum: float = 0.9) -> float:
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
-    check_in_range(
-        "inner_steps",
-        inner_steps,
-        1,
-        math.inf,
-        "Give DiLoCo's steps per synchronization, such as 32.",
-    )
-    check_in_range(
-        "outer_momentum",
-        outer_momentum,
-        0,
-        1,
-        "Give DiLoCo's outer momentum, such as 0.9.",
-        open_high=True,
-    )
+    check_at_least("inner_steps", inner_steps, 1, "Give DiLoCo's steps between syncs, such as 32.")
+    check_fraction("outer_momentum", outer_momentum, "Give DiLoCo's outer momentum, such as 0.9.")
     return outer_momentum ** (1 / inner_steps)
 
 
@@ -120,7 +116,7 @@ def from_horizon(steps: float) -> float:
       >>> averaging.from_horizon(100)
       0.99
     """
-    check_in_range("steps", steps, 1, math.inf, "Give the averaging window in steps, such as 100.")
+    check_at_least("steps", steps, 1, "Give the averaging window in steps, such as 100.")
     return 1 - 1 / steps
 
 
@@ -161,15 +157,19 @@ def polynomial(power: float) -> AveragingSchedule:
       power: the exponent :math:`p`, from 0 to 1000.
 
     Raises:
-      ValueError: if ``power`` is out of its range.
+      TypeError: if ``power`` is traced: a table is computed from it.
+      ValueError: if it is out of its range.
 
     Examples:
       >>> from gpa_optax import averaging
       >>> print([round(float(averaging.polynomial(1).weight(t)), 3) for t in range(4)])
       [1.0, 0.667, 0.5, 0.4]
     """
-    remedy = "Give 0 for a uniform average, 1 or 2 to favour late iterates."
-    check_in_range("power", power, 0, 1000, remedy)
+    remedy = "Give a number from 0, which is a uniform average, to 1000; 1 and 2 are usual."
+    check_concrete("power", power, remedy)
+    check_at_least("power", power, 0, remedy)
+    if power > 1000:
+        raise ValueError(f"power must be at most 1000, got {power!r}. {remedy}")
     exact = max(
         16, 4 * math.ceil(power)
     )  # the formula's error is of order (power / exact)^5 / 30000
@@ -217,7 +217,7 @@ def warmed_up(mu_x: float) -> AveragingSchedule:
       >>> print([round(float(averaging.warmed_up(0.6)(t)), 3) for t in range(4)])
       [0.0, 0.5, 0.6, 0.6]
     """
-    _check_constant(mu_x)
+    check_fraction("mu_x", mu_x, _CONSTANT)
     return AveragingSchedule(lambda count: jnp.maximum(_uniform_weight(count), 1 - mu_x))
 
 
@@ -250,13 +250,13 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
       >>> print([round(float(mu_x(t)), 3) for t in (0, 10, 50, 90, 100)])
       [0.0, 0.909, 0.9, 0.5, 0.0]
     """
-    _check_constant(mu_x)
+    check_fraction("mu_x", mu_x, _CONSTANT)
     if not callable(learning_rate):
         raise TypeError(
             f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, "
             "or use averaging.warmed_up(mu_x) if it is constant."
         )
-    _check_positive("peak", peak, "Give the schedule's largest value.")
+    check_positive("peak", peak, "Give the schedule's largest value.")
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
         window = jnp.asarray(learning_rate(count)) / peak / (1 - mu_x)
@@ -284,6 +284,7 @@ def lr_weighted(
       power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
 
     Raises:
+      TypeError: if an argument is traced: a table is computed from them.
       ValueError: if an argument is out of its range, or if the learning rate is negative, not
         finite or always 0 during the warmup.
 
@@ -299,14 +300,16 @@ def lr_weighted(
       Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
     """
     remedy = "Give the schedule of the base optimizer, or its constant learning rate."
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("warmup_steps", warmup_steps),
+        ("power", power),
+    ):
+        check_concrete(name, value, "Give a number that does not depend on traced values.")
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, remedy)
-    check_in_range(
-        "warmup_steps", warmup_steps, 0, math.inf, "Give the steps of warmup, or 0.", whole=True
-    )
-    check_in_range(
-        "power", power, 0, math.inf, "Give 2 for Schedule-Free, 0 for a uniform average."
-    )
+    check_at_least("warmup_steps", warmup_steps, 0, "Give the steps of warmup, or 0.", whole=True)
+    check_at_least("power", power, 0, "Give 2 for Schedule-Free, 0 for a uniform average.")
     warmup_steps = int(warmup_steps)
 
     # The table is made of numbers also where this is called under a trace.
@@ -330,16 +333,3 @@ def lr_weighted(
         return jnp.where(jnp.asarray(count) <= warmup_steps, early, late)
 
     return AveragingSchedule(weight)
-
-
-def _check_constant(mu_x: float) -> None:
-    remedy = "Give a constant such as 0.99, or averaging.from_horizon(steps)."
-    check_in_range("mu_x", mu_x, 0, 1, remedy, open_high=True)
-
-
-def _check_positive(name: str, value: float, remedy: str) -> None:
-    if is_traced(value):
-        return
-    number = check_number(name, value, remedy)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}. {remedy}")

@@ -1,7 +1,10 @@
 import os
 
 # Before JAX starts: the sharding tests need several devices.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

@@ -54,6 +54,10 @@ ARGUMENTS = [
     (gpa_adamw, {"weight_decay": 0.5}),
     (gpa_adamw, {"weight_decay": 0.5, "mask": mask}),
     (gpa_adamw, {"nesterov": True}),
+    (gpa_adamw, {"b1": 0.0, "b2": 0.9}),
+    (gpa_adamw, {"b1": 0.0, "eps": 1e-2}),
+    (gpa_adamw, {"b1": 0.0, "weight_decay": 0.5}),
+    (gpa_adamw, {"b1": 0.0, "weight_decay": 0.5, "mask": mask}),
     (gpa_sgd, {"momentum": 0.9}),
     (gpa_sgd, {"momentum": 0.9, "nesterov": True}),
     (gpa_sgd, {"momentum": 0.9, "accumulator_dtype": jnp.bfloat16}),
@@ -176,9 +180,9 @@ def test_adamw_without_b1_keeps_no_first_moment_and_steps_alike(weight_decay):
     found, opt_state = run(gpa_adamw(0.05, 0.9, 0.9, **arguments), PARAMS, gradient, 30)
     by_hand = gpa(optax.adamw(0.05, **arguments), 0.9, 0.9)
     expected, expected_state = run(by_hand, PARAMS, gradient, 30)
-    np.testing.assert_allclose(
-        eval_params(opt_state, found)["w"], eval_params(expected_state, expected)["w"], atol=1e-6
-    )
+    for name in PARAMS:
+        x, wanted = eval_params(opt_state, found), eval_params(expected_state, expected)
+        np.testing.assert_allclose(x[name], wanted[name], atol=1e-6)
 
     def buffers(state):
         return sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
@@ -187,3 +191,19 @@ def test_adamw_without_b1_keeps_no_first_moment_and_steps_alike(weight_decay):
     assert buffers(opt_state) == 2 * size  # v and x, as many as AdamW's m and v
     assert buffers(optax.adamw(0.05).init(PARAMS)) == 2 * size
     assert buffers(expected_state) == 3 * size
+
+
+def test_adamw_without_b1_but_with_eps_root_is_adamw():
+    """What scale_by_rms cannot do is left to scale_by_adam."""
+    arguments = {"b1": 0.0, "eps_root": 1e-2}
+    found, _ = run(gpa_adamw(0.05, 0.9, 0.9, **arguments), PARAMS, gradient, 8)
+    expected, _ = run(gpa(optax.adamw(0.05, **arguments), 0.9, 0.9), PARAMS, gradient, 8)
+    np.testing.assert_allclose(found["w"], expected["w"], atol=1e-6)
+
+
+def test_static_zeros_save_the_buffer_under_injection_as_well():
+    optimizer = optax.inject_hyperparams(gpa_adamw, static_args=("b1", "eps_root"))(0.05, b1=0.0)
+    found, opt_state = run(optimizer, PARAMS, gradient, 3)
+    assert not hasattr(opt_state.inner_state.base_state[0], "mu")
+    expected, _ = run(gpa_adamw(0.05, b1=0.0), PARAMS, gradient, 3)
+    np.testing.assert_allclose(found["w"], expected["w"], atol=1e-6)

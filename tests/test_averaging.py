@@ -62,10 +62,12 @@ def test_warmed_up_is_uniform_and_then_constant():
     )
 
 
+@pytest.mark.parametrize("warmup", [0, 20])
 @pytest.mark.parametrize("peak", [0.02, 3.0])
-def test_annealed_follows_the_learning_rate(peak):
+def test_annealed_follows_the_learning_rate(peak, warmup):
+    """From a start at the peak the uniform average rules first, after a warmup the window does."""
     steps, mu_x = 400, 0.95
-    lr = optax.warmup_cosine_decay_schedule(0.0, peak, 20, steps)
+    lr = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
     counts = np.arange(steps + 1)
     found = np.asarray(jax.vmap(averaging.annealed(mu_x, lr, peak))(counts))
     rates = np.asarray(jax.vmap(lr)(counts), np.float64)
@@ -74,10 +76,19 @@ def test_annealed_follows_the_learning_rate(peak):
     assert found[-1] == 0.0  # at the end the learning rate is 0, and so is the lag
 
 
+WARMUPS = {
+    "none": (0, lambda count: 0.3),
+    "one step": (1, optax.warmup_constant_schedule(0.0, 0.3, 1)),
+    "linear": (37, optax.warmup_constant_schedule(0.1, 0.3, 37)),
+    # Cut short: what counts is the largest learning rate so far, and the largest of all.
+    "with a peak within": (30, lambda count: 0.01 + 0.3 * jnp.exp(-(((count - 12) / 6.0) ** 2))),
+}
+
+
 @pytest.mark.parametrize("power", [0, 1, 2, 2.5])
-@pytest.mark.parametrize("warmup", [0, 1, 37])
-def test_lr_weighted_weighs_by_the_largest_learning_rate_so_far(power, warmup):
-    lr = optax.warmup_constant_schedule(0.0, 0.3, warmup) if warmup else lambda count: 0.3
+@pytest.mark.parametrize("name", WARMUPS)
+def test_lr_weighted_weighs_by_the_largest_learning_rate_so_far(power, name):
+    warmup, lr = WARMUPS[name]
     rates = np.array([float(lr(t)) for t in range(500)])
     w = np.maximum.accumulate(rates) ** power
     expected = np.divide(w, np.cumsum(w), out=np.ones(500), where=np.cumsum(w) > 0)

@@ -39,6 +39,7 @@ ARGUMENTS = [
     (lambda: gpa(SGD, mu_x=np.ones(2)), TypeError, ["mu_x", "float"]),
     (lambda: gpa(SGD, mu_y=1.0), ValueError, ["mu_y", "1.0", "z", "cannot be recovered", "0.99"]),
     (lambda: gpa(SGD, mu_y=1), ValueError, ["mu_y", "cannot be recovered"]),
+    (lambda: gpa(SGD, mu_y=1 - 1e-9), ValueError, ["mu_y", "0.999999999", "cannot be recovered"]),
     (lambda: gpa(SGD, mu_y=1.5), ValueError, ["mu_y", "1.5", "[0, 1)"]),
     (lambda: gpa(SGD, mu_y=NAN), ValueError, ["mu_y", "nan", "[0, 1)"]),
     (lambda: gpa(SGD, base_params="x"), ValueError, ["base_params", "'x'", '"z"', '"y"']),
@@ -107,6 +108,19 @@ def test_values_at_the_ends_of_the_ranges_are_fine():
     single_worker_diloco(SGD, 1, 0.0, 0.0)
     single_worker_diloco(SGD, np.int64(3), COSINE)
     averaging.from_diloco(1, 0.0), averaging.from_horizon(1), averaging.polynomial(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (averaging.polynomial, "power"),
+        (lambda lr: averaging.lr_weighted(lr, 5), "learning_rate"),
+        (lambda steps: averaging.lr_weighted(0.1, steps), "warmup_steps"),
+    ],
+)
+def test_a_table_cannot_be_made_of_traced_values(make, name):
+    with pytest.raises(TypeError, match=f"{name} must be known when the schedule is made.*Give"):
+        jax.jit(lambda value: make(value)(3))(1.0)
 
 
 def test_traced_values_are_the_users_own():
@@ -179,6 +193,16 @@ def test_update_without_params_says_how_to_call_it(make):
 def test_a_state_without_gpa_is_refused(read, state):
     with pytest.raises(ValueError, match=r"opt_state must hold a GPAState.*gpa_optax\.gpa"):
         read(state, PARAMS)
+
+
+def test_iterates_of_an_ensemble_are_read_under_vmap():
+    optimizer = gpa(SGD, mu_y=0.9)
+    params = jnp.arange(9.0).reshape(3, 3)
+    opt_state = jax.vmap(optimizer.init)(params)
+    with pytest.raises(ValueError, match=r"an ensemble of \(3,\).*jax\.vmap\(iterates\)"):
+        iterates(opt_state, params)
+    np.testing.assert_array_equal(jax.vmap(iterates)(opt_state, params).z, params)
+    np.testing.assert_array_equal(eval_params(opt_state, params), params)
 
 
 def test_iterates_of_diloco_are_refused():

@@ -116,6 +116,55 @@ def test_low_precision_params_are_the_cast_of_the_master_copy(dtype, rng):
     np.testing.assert_array_equal(iterates(opt_state, params).y, opt_state.y)
 
 
+@pytest.mark.parametrize("mu_y", [0.7, 0.99])
+def test_a_narrow_state_leaves_z_where_it_is(mu_y, rng):
+    """x is rounded to bfloat16, y is formed from that x, and so z comes back: also at first."""
+    params = jnp.asarray(rng.normal(size=100), jnp.float32)
+    optimizer = gpa(optax.sgd(0.1), 0.9, mu_y, state_dtype=jnp.bfloat16)
+    opt_state = optimizer.init(params)
+    np.testing.assert_array_equal(iterates(opt_state, params).z, params)
+    start = params
+    for step in range(20):
+        grads = params if step == 0 else jnp.zeros_like(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        z = iterates(opt_state, params).z
+        np.testing.assert_allclose(z, 0.9 * start, rtol=1e-3, atol=1e-4)
+
+
+def test_float64_without_x64_is_float32():
+    """As everywhere in JAX; a copy that is no more precise would be one buffer too many."""
+    optimizer = gpa(optax.sgd(0.1), state_dtype=jnp.float64)
+    opt_state = optimizer.init(jnp.ones(2))
+    assert opt_state.x.dtype == jnp.float32
+    assert opt_state.y is None
+
+
+@pytest.mark.parametrize("state_dtype", [None, jnp.bfloat16])
+def test_wider_gradients_do_not_widen_the_state(state_dtype):
+    params = jnp.ones(3, jnp.bfloat16)
+    optimizer = gpa(optax.adamw(1e-2), 0.9, state_dtype=state_dtype)
+    opt_state = optimizer.init(params)
+    form = jax.tree.map(lambda leaf: leaf.dtype, opt_state)
+    updates, opt_state = optimizer.update(jnp.ones(3, jnp.float32), opt_state, params)
+    assert updates.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda leaf: leaf.dtype, opt_state) == form
+
+
+def test_mu_y_zero_is_exact_to_the_last_bit(rng):
+    """y is z then, however far x is; the textbook form x + (y - x) would round."""
+    params = jnp.asarray(rng.normal(size=100) * 10.0 ** rng.integers(-6, 6, size=100), jnp.bfloat16)
+    optimizer = gpa(optax.sgd(0.1), 0.9, mu_y=0.0)
+    opt_state, z = optimizer.init(params), params.astype(jnp.float32)
+    for _ in range(5):
+        grads = jnp.asarray(rng.normal(size=100), jnp.float32)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        z = optax.apply_updates(z, -0.1 * grads)
+        np.testing.assert_array_equal(opt_state.y, z)
+        np.testing.assert_array_equal(iterates(opt_state, params).z, z)
+
+
 def test_diloco_keeps_its_slow_weights_in_float32():
     params = jnp.ones(4, jnp.bfloat16)
     optimizer = single_worker_diloco(optax.sgd(0.01), 2)

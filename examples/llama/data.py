@@ -35,7 +35,9 @@ class Corpus:
 def standard_library(vocab_size: int, split_seed: int = 0) -> Corpus:
     """Splits the files of the running interpreter's standard library nine to one."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in root.rglob("*.py") if not LEFT_OUT & set(path.parts))
+    files = sorted(
+        path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)
+    )
     if len(files) < 50:
         raise FileNotFoundError(
             f"{root} holds {len(files)} Python files, and the standard library has hundreds. "

@@ -43,7 +43,7 @@ class Config:
     """What to train."""
     steps: int = 1000
     """Updates of each optimizer."""
-    batch_size: int = 48
+    batch_size: int = 40
     """Sequences in a batch."""
     length: int = 64
     """Tokens in a sequence."""
@@ -51,9 +51,9 @@ class Config:
     """Decides the initialization and the order of the batches."""
     optimizers: tuple[Literal["adamw", "gpa-adamw"], ...] = ("adamw", "gpa-adamw")
     """Which optimizers to run, in this order."""
-    evaluations: int = 25
+    evaluations: int = 20
     """How often to evaluate in the course of a run."""
-    validation_windows: int = 256
+    validation_windows: int = 200
     """Sequences of held-out files to evaluate on."""
     out: Path = Path("runs/compare-llama")
     """Folder for compare.json and compare.png."""

@@ -21,7 +21,7 @@ class Recipe(NamedTuple):
 class AdamW:
     """AdamW with warmup and a cosine schedule to 0."""
 
-    learning_rate: float = 8e-3
+    learning_rate: float = 1.6e-2
     """Peak learning rate."""
     warmup: float = 0.15
     """Part of the run in which the learning rate grows from 0 to its peak."""
@@ -51,9 +51,9 @@ class AdamW:
 class GPAAdamW:
     """GPA around AdamW; the averaging window follows the learning rate."""
 
-    learning_rate: float = 8e-3
+    learning_rate: float = 1.6e-2
     """Peak learning rate."""
-    warmup: float = 0.05
+    warmup: float = 0.15
     """Part of the run in which the learning rate grows from 0 to its peak."""
     window: float = 0.05
     """Length of the averaging window at the peak learning rate, as a fraction of the run."""

@@ -143,7 +143,10 @@ def _aligned(tree: Any, params: Any) -> list[Any]:
     Leaves are matched by path, because the containers may differ: a mask stands for a whole
     subtree, and flax.nnx.Optimizer keeps its own kind of Variable.
     """
-    remedy = "Give the params that belong to opt_state, with the structure that init was given."
+    remedy = (
+        "Give the params that belong to opt_state, with the structure that init was given "
+        "(in Flax NNX: nnx.state(model, nnx.Param))."
+    )
     wanted = tree_leaves_with_path(params)
     found = dict(tree_leaves_with_path(_unwrapped(tree, params), is_leaf=_is_masked))
     masked = {path for path, leaf in found.items() if _is_masked(leaf)}

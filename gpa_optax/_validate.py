@@ -4,7 +4,9 @@ Values that are traced (under `jax.jit`, or injected by `optax.inject_hyperparam
 to look at; they are the user's responsibility.
 """
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,9 +29,27 @@ def check_number(name: str, value: Any, remedy: str) -> float:
     return float(value)
 
 
+def check_schedule(name: str, schedule: Callable[..., Any]) -> None:
+    """TypeError for a function that does not take the step count, such as `averaging.uniform`."""
+    try:
+        signature = inspect.signature(schedule)
+    except (TypeError, ValueError):  # a builtin that does not tell
+        return
+    try:
+        signature.bind(0)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a float or a schedule, which takes the step count, got {schedule!r} "
+            f"with the arguments {signature}. Give what it returns, such as averaging.uniform()."
+        ) from None
+
+
 def check_mu(name: str, mu: Any) -> None:
     """`mu_x` and `mu_y` lie in [0, 1); schedules and traced values pass."""
-    if callable(mu) or is_traced(mu):
+    if is_traced(mu):
+        return
+    if callable(mu):
+        check_schedule(name, mu)
         return
     remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
     # In float32, because the state keeps mu_y in it.

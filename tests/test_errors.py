@@ -37,6 +37,8 @@ ARGUMENTS = [
     (lambda: gpa(SGD, mu_x=True), TypeError, ["mu_x", "True", "float"]),
     (lambda: gpa(SGD, mu_x=0.5j), TypeError, ["mu_x", "0.5j", "float"]),
     (lambda: gpa(SGD, mu_x=np.ones(2)), TypeError, ["mu_x", "float"]),
+    (lambda: gpa(SGD, averaging.uniform), TypeError, ["mu_x", "uniform", "averaging.uniform()"]),
+    (lambda: gpa(SGD, mu_y=lambda: 0.5), TypeError, ["mu_y", "lambda", "step count"]),
     (lambda: gpa(SGD, mu_y=1.0), ValueError, ["mu_y", "1.0", "z", "cannot be recovered", "0.99"]),
     (lambda: gpa(SGD, mu_y=1), ValueError, ["mu_y", "cannot be recovered"]),
     (lambda: gpa(SGD, mu_y=1 - 1e-9), ValueError, ["mu_y", "0.999999999", "cannot be recovered"]),

@@ -139,6 +139,34 @@ def test_agrees_with_the_schedulefree_package(warmup, rng):
     assert_close(eval_params(opt_state, params), p.detach().numpy(), 1e-4)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_the_in_place_form_with_decay_at_y_makes_the_same_steps(weight_decay, rng):
+    """The authors' PyTorch code never forms x: with d the direction of AdamW, decay at y in it,
+
+    y' = mu_x y + (1 - mu_x) z + lr (mu_x mu_y - 1) d,   z' = z - lr d
+    """
+    lr, mu_x, mu_y, b1, b2 = 0.01, 0.95, 0.7, 0.9, 0.99
+    start, noise = rng.normal(size=6), rng.normal(size=(STEPS, 6))
+    y, z, m, v = start, start, np.zeros(6), np.zeros(6)
+    for t in range(STEPS):
+        g = 0.5 * y + noise[t]
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        d = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + 1e-8) + weight_decay * y
+        y = mu_x * y + (1 - mu_x) * z + lr * (mu_x * mu_y - 1) * d
+        z = z - lr * d
+
+    optimizer = gpa_adamw(lr, mu_x, mu_y, b1=b1, b2=b2, weight_decay=weight_decay, base_params="y")
+    found, opt_state = run(
+        optimizer,
+        jnp.asarray(start, jnp.float32),
+        lambda t, y: 0.5 * y + jnp.asarray(noise, jnp.float32)[t],
+        STEPS,
+    )
+    assert_close(found, y)
+    assert_close(iterates(opt_state, found).z, z, 1e-4)
+    assert_close(eval_params(opt_state, found), (y - (1 - mu_y) * z) / mu_y)
+
+
 @pytest.mark.parametrize("sync_period", [1, 4])
 @pytest.mark.parametrize("inner", ["sgd", "adamw"])
 def test_single_worker_diloco_is_the_two_loops(inner, sync_period, params, x64):

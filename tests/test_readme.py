@@ -33,7 +33,7 @@ def test_the_code_blocks_run_in_order():
         "model_loss": lambda model: jnp.mean(model(batches[0]) ** 2),
         "linen_model": linen.Dense(2),
     }
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert jnp.isfinite(names["validation_loss"])

@@ -15,13 +15,21 @@ from flax import nnx
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     vocab_size: int = 512
+    """Tokens that the tokenizer knows."""
     dim: int = 96
+    """Width of the residual stream."""
     layers: int = 2
+    """Blocks of attention and SwiGLU."""
     heads: int = 4
+    """Query heads."""
     kv_heads: int = 2
+    """Key and value heads, each shared by heads / kv_heads query heads."""
     hidden: int = 256
+    """Width within SwiGLU."""
     rope_theta: float = 10_000.0
+    """Base of the wavelengths of the rotary positions."""
     norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
 
 
 def rotate(x_BxLxNxH: jax.Array, theta: float) -> jax.Array:

@@ -306,7 +306,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
         if step is not None:
             axes.plot([step], [goal], "o", color="#D55E00")
             axes.annotate(
-                f"AdamW's final loss at step {step}",
+                f"GPA reaches AdamW's final loss at step {step}",
                 (step, goal),
                 xytext=(-60, -30),
                 textcoords="offset points",

@@ -99,8 +99,9 @@ def gpa(
       ``params``, and returns updates in their dtype and shapes. `eval_params` gives x.
 
     Raises:
-      TypeError: if ``base_optimizer`` is no transformation, ``mu_x`` or ``mu_y`` no number,
-        ``state_dtype`` not floating; from ``init``, if a leaf of the params is integer or boolean.
+      TypeError: if ``base_optimizer`` is no transformation, ``mu_x`` or ``mu_y`` neither a number
+        nor a function of the step count, ``state_dtype`` not floating; from ``init``, if
+        a leaf of the params is integer or boolean.
       ValueError: if ``mu_x`` or ``mu_y`` is outside [0, 1), ``base_params`` neither "z" nor "y";
         from ``update``, if params are missing, or gradients or params differ from the state in
         structure or shape.

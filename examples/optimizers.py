@@ -1,114 +1,228 @@
-"""The optimizers that the examples compare, each with its answer to: which weights to evaluate?"""
+"""The optimizers of the examples: four bases, each plain or in one of four kinds of averaging, with
+the one answer to the question: which weights do I evaluate?"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import optax
+from optax import contrib
 
-from gpa_optax import averaging, eval_params, gpa_adamw
+from gpa_optax import averaging, eval_params, gpa, single_worker_diloco
+
+Base = Literal["adamw", "muon", "lion", "sgd"]
+Name = Literal[
+    "adamw", "gpa-adamw", "schedule-free-adamw", "diloco-adamw", "ema-adamw",
+    "muon", "gpa-muon", "schedule-free-muon", "diloco-muon", "ema-muon",
+    "lion", "gpa-lion", "schedule-free-lion", "diloco-lion", "ema-lion",
+    "sgd", "gpa-sgd", "schedule-free-sgd", "diloco-sgd", "ema-sgd",
+]  # fmt: skip
+LABELS = {"adamw": "AdamW", "muon": "Muon", "lion": "Lion", "sgd": "SGD"}
+METHODS = {"gpa": "GPA", "schedule-free": "Schedule-Free", "diloco": "DiLoCo", "ema": "EMA"}
 
 
 class Recipe(NamedTuple):
-    """An optimizer, and the weights that it offers for evaluation, by name, the best one last."""
+    """An optimizer, and the weights to evaluate, export and serve: x for short."""
 
     optimizer: optax.GradientTransformation
-    candidates: Callable[[optax.OptState, optax.Params], dict[str, optax.Params]]
+    evaluated: Callable[[optax.OptState, optax.Params], optax.Params]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
-    """AdamW with warmup and a cosine schedule to 0."""
+class Settings:
+    """Settings of an optimizer; those that an optimizer does not have are without effect."""
 
-    learning_rate: float = 1.6e-2
+    learning_rate: float = 1e-3
     """Peak learning rate."""
-    warmup: float = 0.15
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warmup: a cosine or a line to 0, constant and then a line to 0 (warmup, stable,
+    decay), or constant."""
+    warmup: float = 0.05
     """Part of the run in which the learning rate grows from 0 to its peak."""
+    decay: float = 0.2
+    """Part of the run in which wsd decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices, multiplied by the learning rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
     b1: float = 0.9
-    """Decay of the first moment."""
+    """Momentum of the base: the decay of its first moment. 0 keeps none."""
     b2: float = 0.95
-    """Decay of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices, multiplied by the learning rate."""
-
-    def __post_init__(self):
-        check_positive("--adamw.learning-rate", self.learning_rate)
-        check_warmup("--adamw.warmup", self.warmup)
-
-    def recipe(self, steps: int) -> Recipe:
-        optimizer = optax.adamw(
-            cosine(self.learning_rate, self.warmup, steps),
-            b1=self.b1,
-            b2=self.b2,
-            weight_decay=self.weight_decay,
-            mask=matrices,
-        )
-        return Recipe(clipped(optimizer), lambda opt_state, params: {"params": params})
-
-
-@dataclasses.dataclass(frozen=True)
-class GPAAdamW:
-    """GPA around AdamW; the averaging window follows the learning rate."""
-
-    learning_rate: float = 1.6e-2
-    """Peak learning rate."""
-    warmup: float = 0.15
-    """Part of the run in which the learning rate grows from 0 to its peak."""
-    window: float = 0.05
-    """Length of the averaging window at the peak learning rate, as a fraction of the run."""
+    """AdamW: decay of the second moment. Lion: decay of the momentum that is kept."""
     mu_y: float = 0.9
-    """How far the params lie from z towards the average."""
-    b1: float = 0.0
-    """Decay of the first moment; 0 keeps none, because mu_y is the momentum."""
-    b2: float = 0.95
-    """Decay of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of the matrices, multiplied by the learning rate."""
+    """GPA: how far gradients are taken from z towards x. Schedule-Free calls it beta."""
+    mu_x: float | None = None
+    """GPA, EMA: decay of the average, as a constant. Without it the window is used."""
+    window: float = 0.05
+    """GPA, EMA: steps that the average remembers, as a part of the run; shrinks with the learning
+    rate (averaging.annealed)."""
+    sync_period: int = 32
+    """DiLoCo: inner steps between two outer steps."""
+    outer_learning_rate: float = 0.7
+    """DiLoCo: learning rate of the outer SGD."""
+    outer_momentum: float = 0.9
+    """DiLoCo: Nesterov momentum of the outer SGD."""
 
     def __post_init__(self):
-        check_positive("--gpa-adamw.learning-rate", self.learning_rate)
-        check_warmup("--gpa-adamw.warmup", self.warmup)
-        check_positive("--gpa-adamw.window", self.window)
+        for name in ("learning_rate", "clip", "window"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
+        for name in ("warmup", "b1", "b2", "mu_y"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}.")
+        if self.schedule == "wsd" and not 0 < self.decay <= 1 - self.warmup:
+            raise ValueError(
+                f"--decay must be positive and leave room for --warmup {self.warmup}, got "
+                f"{self.decay}."
+            )
 
-    def recipe(self, steps: int) -> Recipe:
-        learning_rate = cosine(self.learning_rate, self.warmup, steps)
-        mu_x = averaging.from_horizon(max(1, self.window * steps))
-        optimizer = gpa_adamw(
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def split(name: Name) -> tuple[str, Base]:
+    """("gpa", "adamw") of "gpa-adamw", ("", "adamw") of "adamw"."""
+    method, _, base = name.rpartition("-")
+    return method, base
+
+
+def label(name: Name) -> str:
+    method, base = split(name)
+    return "-".join(filter(None, (METHODS.get(method), LABELS[base])))
+
+
+# Against AdamW's learning rate: Lion's authors recommend 3 to 10 times less (arXiv 2302.06675) with
+# as much more weight decay; SGD steps along gradients, clipped at a norm of 1; Muon is scaled to
+# AdamW's size of update.
+SCALES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "sgd": 20.0}
+
+
+def default_settings(name: Name, learning_rate: float, warmup: float) -> Settings:
+    """Where to start from, with a learning rate that is good for AdamW."""
+    method, base = split(name)
+    values = {"learning_rate": learning_rate * SCALES[base], "warmup": warmup}
+    if base == "lion":
+        values |= {"b2": 0.99, "weight_decay": 1.0}
+    if method == "schedule-free":
+        values |= {"b1": 0.0, "schedule": "constant"}
+    # One momentum: the interpolation's, the outer loop's or the base's.
+    if method == "gpa":
+        values |= {"b1": 0.0, "mu_y": 0.9} if base in ("adamw", "sgd") else {"mu_y": 0.7}
+    if method == "diloco" and base == "sgd":
+        values |= {"b1": 0.0}
+    return Settings(**values)
+
+
+def holds_master_copy(name: Name) -> bool:
+    """Whether bfloat16 params lose no small steps, because the state holds them in float32."""
+    return split(name)[0] in ("gpa", "ema")
+
+
+def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
+    """The named optimizer for a run of so many updates, behind gradient clipping."""
+    method, base = split(name)
+    learning_rate = schedule(settings, steps)
+    optimizer = base_optimizer(base, learning_rate, settings)
+    evaluated = eval_params
+    if method in ("gpa", "ema"):
+        mu_y = settings.mu_y if method == "gpa" else 0.0
+        optimizer = gpa(optimizer, window(settings, learning_rate, steps), mu_y)
+    elif method == "schedule-free":
+        optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings.mu_y)
+
+        def evaluated(opt_state, params):
+            return contrib.schedule_free_eval_params(opt_state[1], params)
+    elif method == "diloco":
+        optimizer = single_worker_diloco(
+            optimizer,
+            settings.sync_period,
+            settings.outer_learning_rate,
+            settings.outer_momentum,
+        )
+    else:
+
+        def evaluated(opt_state, params):
+            return params
+
+    return Recipe(optax.chain(optax.clip_by_global_norm(settings.clip), optimizer), evaluated)
+
+
+def base_optimizer(
+    base: Base, learning_rate: optax.Schedule, settings: Settings
+) -> optax.GradientTransformation:
+    decay, b1, b2 = settings.weight_decay, settings.b1, settings.b2
+    if base == "muon":
+        return contrib.muon(
             learning_rate,
-            mu_x=averaging.annealed(mu_x, learning_rate, peak=self.learning_rate),
-            mu_y=self.mu_y,
-            b1=self.b1,
-            b2=self.b2,
-            weight_decay=self.weight_decay,
-            mask=matrices,
+            beta=b1,
+            weight_decay=decay,
+            weight_decay_mask=decays,
+            adam_b2=b2,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=0.2,  # so that a learning rate for AdamW fits
         )
-        return Recipe(
-            clipped(optimizer),
-            lambda opt_state, params: {"y": params, "x": eval_params(opt_state, params)},
+    if base == "lion":
+        return optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=decays)
+    if base == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(decay, mask=decays),
+            optax.sgd(learning_rate, momentum=b1 or None),
         )
+    if b1 == 0:  # no first moment is kept
+        return optax.chain(
+            optax.scale_by_rms(b2, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(decay, mask=decays),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    return optax.adamw(learning_rate, b1, b2, weight_decay=decay, mask=decays)
 
 
-def check_positive(flag: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{flag} must be positive, got {value}.")
+def schedule(settings: Settings, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the updates made."""
+    peak, warmup = settings.learning_rate, max(1, round(settings.warmup * steps))
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+        "wsd": lambda: optax.linear_schedule(
+            peak, 0.0, max(1, round(settings.decay * steps)), round(rest - settings.decay * steps)
+        ),
+    }[settings.schedule]()
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def check_warmup(flag: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{flag} must be in [0, 1), got {value}.")
+def window(
+    settings: Settings, learning_rate: optax.Schedule, steps: int
+) -> float | averaging.AveragingSchedule:
+    """mu_x: the given constant, or a window that follows the learning rate."""
+    if settings.mu_x is not None:
+        return settings.mu_x
+    mu_x = averaging.from_horizon(max(1.0, settings.window * steps))
+    return averaging.annealed(mu_x, learning_rate, peak=settings.learning_rate)
 
 
-def clipped(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
+def name_of(path: jax.tree_util.KeyPath) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
 
 
-def cosine(peak: float, warmup: float, steps: int) -> optax.Schedule:
-    """Linear warmup over a part of the run, then a cosine to 0."""
-    warmup_steps = max(1, round(warmup * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(steps, warmup_steps + 1))
+def decays(params: optax.Params) -> optax.Params:
+    """The leaves that decay: norms, biases and what is learned of positions do not."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not {"scale", "bias", "probe"} & set(name_of(path)), params
+    )
 
 
-def matrices(params: optax.Params) -> optax.Params:
-    """The leaves that decay: norms and biases do not."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+def hidden_matrices(params: optax.Params) -> optax.Params:
+    """Muon is for the matrices of the blocks, each layer by itself; AdamW takes the rest."""
+
+    def dimensions(path, param):
+        matrix = "blocks" in name_of(path) and "kernel" in name_of(path)
+        return contrib.MuonDimensionNumbers(1, 2) if matrix and param.ndim == 3 else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+NAMES: tuple[Name, ...] = get_args(Name)

@@ -1,108 +1,341 @@
-"""One training loop for every model and optimizer of the examples."""
+"""The trainer: one for every model, optimizer and machine of the examples.
 
+`train` is the whole program; `build` is what it compiles.
+"""
+
+import contextlib
 import dataclasses
+import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Protocol
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from examples.optimizers import Recipe
+from examples import checkpoints, optimizers
+from examples.optimizers import Recipe, Settings
+from examples.reporting import Report
+from examples.sharding import BATCH, MICROBATCHES, make_mesh, shardings
 
-Loss = Callable[[nnx.Module, Any], jax.Array]
-
-
-@dataclasses.dataclass
-class Run:
-    """What a training run has measured so far, and where it stands."""
-
-    steps: int
-    """Updates that were asked for."""
-    done: int = 0
-    """Updates made."""
-    train_loss: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-    """(step, mean loss at y since the last entry)."""
-    validation_loss: dict[str, list[tuple[int, float]]] = dataclasses.field(default_factory=dict)
-    """(step, validation loss) for each set of weights that the optimizer offers."""
-    seconds_per_step: float = float("nan")
-    """Median time of an update, evaluation and compilation apart."""
-    optimizer_bytes: int = 0
-    """Size of the optimizer's state."""
-    step_bytes: int = 0
-    """Peak memory of the compiled step: arguments, results and temporaries."""
-    weights: optax.Params = None
-    """The best candidate of the last evaluation."""
+Batch = Mapping[str, Any]
 
 
-def train(
-    model: nnx.Module,
-    loss: Loss,
-    recipe: Recipe,
-    batches: Iterator[np.ndarray],
-    validation: np.ndarray,
-    run: Run,
-    evaluate_every: int,
-    report: Callable[[Run], None] = lambda run: None,
-) -> None:
-    """Trains for `run.steps` updates, and fills `run` as it goes: an interrupt loses nothing.
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The flags that every run has, whatever it trains. A workload adds its data and model."""
 
-    Args:
-      model: the model; it is left as it was.
-      loss: mean loss of a model on a batch.
-      recipe: the optimizer and the weights that it offers for evaluation.
-      batches: the training batches.
-      validation: batches to evaluate on, stacked.
-      run: is filled in.
-      evaluate_every: evaluate after so many updates, and at both ends.
-      report: called after each update.
-    """
-    graph, params = nnx.split(model, nnx.Param)
-    params = jax.tree.map(lambda p: p.copy(), params)  # the step donates them
-    opt_state = recipe.optimizer.init(params)
-    run.optimizer_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state))
+    steps: int = 1000
+    """Updates."""
+    batch_size: int = 40
+    """Examples in an update, over all devices."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    seed: int = 0
+    """Decides the initialization and the order of the data."""
+    fsdp: int = 1
+    """Devices that share one copy of params and optimizer state; the others repeat it."""
+    evaluate_every: int = 50
+    """Updates from one evaluation, and checkpoint, to the next."""
+    evaluate_y: bool = False
+    """Whether to evaluate y, the params that are trained, beside the averaged weights x."""
+    validation_examples: int | None = 200
+    """Held-out examples to evaluate on; None: all there are."""
+    keep: int = 2
+    """Checkpoints to keep, beside the best."""
+    resume: bool = True
+    """Go on from the checkpoints in the run's folder, if there are any. Otherwise it is renamed."""
+    log_every: int = 10
+    """Updates from one line of metrics to the next."""
 
-    def step(params, opt_state, batch):
-        value, grads = jax.value_and_grad(lambda p: loss(nnx.merge(graph, p), batch))(params)
-        updates, opt_state = recipe.optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+    def __post_init__(self):
+        counts = ("steps", "batch_size", "accumulate", "evaluate_every", "keep", "log_every")
+        for name in (*counts, "validation_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{optimizers.flag(name)} must be at least 1, got {value}.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--batch-size ({self.batch_size}) must be a multiple of --accumulate "
+                f"({self.accumulate})."
+            )
 
-    @jax.jit
-    def evaluate(params, batches):
-        return jax.lax.map(lambda batch: loss(nnx.merge(graph, params), batch), batches).mean()
 
-    def evaluate_candidates():
-        candidates = recipe.candidates(opt_state, params)
-        for name, weights in candidates.items():
-            losses = run.validation_loss.setdefault(name, [])
-            losses.append((run.done, float(evaluate(weights, validation))))
-        *_, best = candidates.values()
-        run.weights = jax.tree.map(lambda w: w.copy(), best)  # the next step donates the arrays
+@dataclasses.dataclass(frozen=True)
+class OneRun(Training):
+    """The flags of a single run. `examples.compare` makes one of these for each optimizer."""
 
-    batch = next(batches)
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, batch).compile()
-    if (memory := compiled.memory_analysis()) is not None:
-        run.step_bytes = (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes
+    run: Path | None = None
+    """Folder of the run: checkpoints, metrics, summary. The same command goes on with what it
+    finds there. Default: runs/ and a name made of the preset and the optimizer."""
+    optimizer: optimizers.Name = "gpa-adamw"
+    """The optimizer: a base, or a kind of averaging around it."""
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
+
+
+def check_master_copy(param_dtype: str, optimizer: optimizers.Name) -> None:
+    if param_dtype == "bfloat16" and not optimizers.holds_master_copy(optimizer):
+        raise ValueError(
+            f"--model.param-dtype bfloat16 needs an optimizer that holds a float32 copy of the "
+            f"params, such as gpa-adamw; --optimizer {optimizer} holds none."
         )
 
-    evaluate_candidates()
-    seconds, values = [], []
-    while run.done < run.steps:
-        start = time.perf_counter()
-        params, opt_state, value = compiled(params, opt_state, batch)
-        batch = next(batches)  # while the device works
-        values.append(float(value))
-        seconds.append(time.perf_counter() - start)
-        run.done += 1
-        run.seconds_per_step = float(np.median(seconds))
-        if run.done % evaluate_every == 0 or run.done == run.steps:
-            run.train_loss.append((run.done, float(np.mean(values))))
-            values.clear()
-            evaluate_candidates()
-        report(run)
+
+class Task(NamedTuple):
+    """A model and its loss."""
+
+    new_model: Callable[[nnx.Rngs], nnx.Module]
+    metrics: Callable[[nnx.Module, Batch, jax.Array | None], dict[str, jax.Array]]
+    """Maps a model, a batch and a key for dropout (None: no dropout) to numbers for each example,
+    among them its "loss"."""
+    example: dict[str, jax.ShapeDtypeStruct]
+    """Shapes and dtypes of one example."""
+    unit: str
+    """What throughput counts: tokens or images."""
+    units: int
+    """How many of them an example has."""
+
+
+class Data(Protocol):
+    """Where examples come from; see `examples.llama.data` and `examples.vit.data`."""
+
+    description: str
+    files: Mapping[str, Any]
+    """What has to be stored with a run to use its weights, as JSON, by name of file."""
+
+    def train(
+        self, batch_size: int, seed: int, process_index: int, process_count: int, **how: Any
+    ) -> grain.DatasetIterator: ...
+
+    def validation(
+        self,
+        count: int | None,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        **how: Any,
+    ) -> Any: ...
+
+
+class State(NamedTuple):
+    """All that an update changes, and all that a checkpoint holds beside the data's position."""
+
+    step: jax.Array
+    params: optax.Params
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+class Program(NamedTuple):
+    """What is compiled for a run, and the shapes and places of what goes in and out."""
+
+    mesh: Mesh
+    recipe: Recipe
+    initial: Callable[[], State]
+    step: Any
+    evaluate: Any
+    state: State
+    batch: Batch
+
+
+def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
+    """Defines the jitted functions of a run; nothing is computed or compiled yet.
+
+    Raises:
+      ValueError: if the devices cannot share the batch evenly.
+    """
+    part = config.batch_size // config.accumulate
+    if part % mesh.size:
+        raise ValueError(
+            f"--batch-size / --accumulate must be a multiple of the {mesh.size} devices, got "
+            f"{config.batch_size} / {config.accumulate}."
+        )
+    recipe = optimizers.recipe(config.optimizer, config.settings, config.steps)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: task.new_model(nnx.Rngs(0))))
+
+    def initial() -> State:
+        init_key, train_key = jax.random.split(jax.random.PRNGKey(config.seed))
+        params = nnx.to_pure_dict(nnx.state(task.new_model(nnx.Rngs(init_key)), nnx.Param))
+        return State(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), train_key)
+
+    def mean_loss(params: optax.Params, part: Batch, key: jax.Array) -> jax.Array:
+        return task.metrics(nnx.merge(graph, params), part, key)["loss"].mean()
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
+        loss, grads = accumulate(jax.value_and_grad(mean_loss), state.params, batch, keys)
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return State(state.step + 1, params, opt_state, state.key), metrics
+
+    def evaluate(params: optax.Params, batch: Batch) -> dict[str, jax.Array]:
+        mask = batch["mask"]
+        values = task.metrics(nnx.merge(graph, params), batch, None)
+        return {name: jnp.sum(value * mask) for name, value in values.items()}
+
+    abstract = jax.eval_shape(initial)
+    places = shardings(abstract, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (config.accumulate, part, *leaf.shape),
+            leaf.dtype,
+            sharding=NamedSharding(mesh, MICROBATCHES),
+        )
+        for name, leaf in task.example.items()
+    }
+    return Program(
+        mesh,
+        recipe,
+        jax.jit(initial, out_shardings=places),
+        jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+        jax.jit(evaluate),
+        jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            abstract,
+            places,
+        ),
+        batch,
+    )
+
+
+def accumulate(value_and_grad: Callable, params: optax.Params, batch: Batch, keys: jax.Array):
+    """Mean of the loss and the gradient over the parts of a batch, which lie along its first axis.
+
+    Sums are float32, also of bfloat16 gradients.
+    """
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    if len(keys) == 1:
+        return value_and_grad(params, first, keys[0])
+
+    def add(sums, part):
+        return jax.tree.map(lambda a, b: a + b, sums, value_and_grad(params, *part)), None
+
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
+        jax.eval_shape(value_and_grad, params, first, keys[0]),
+    )
+    sums, _ = jax.lax.scan(add, zeros, (batch, keys))
+    return jax.tree.map(lambda leaf: leaf / len(keys), sums)
+
+
+def place(batch: Batch, mesh: Mesh, parts: int | None = None) -> Batch:
+    """Brings this process's rows of a batch to its devices, for a train step in `parts` parts, or
+    for an evaluation (None)."""
+
+    def move(rows: np.ndarray) -> jax.Array:
+        if parts is None:
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+        rows = rows.reshape(parts, len(rows) // parts, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, MICROBATCHES), rows)
+
+    return {name: move(rows) for name, rows in batch.items()}
+
+
+def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) -> int:
+    """Trains from the start, or from the run's last checkpoint, to the last step or a signal.
+
+    Args:
+      config: the run.
+      task: model and loss.
+      data: training and validation examples.
+      report: is told everything that is measured.
+      how: passed on to `data`, such as the length of its sequences.
+
+    Returns:
+      The updates made in all.
+    """
+    mesh = make_mesh(config.fsdp)
+    program = build(config, task, mesh)
+    process = (jax.process_index(), jax.process_count())
+    part = config.batch_size // config.accumulate
+    batches = data.train(config.batch_size, config.seed, *process, **how)
+    validation = data.validation(config.validation_examples, part, *process, **how)
+    folder = config.run / "checkpoints"
+    with (
+        jax.set_mesh(mesh),
+        contextlib.closing(batches),
+        contextlib.closing(checkpoints.open_checkpoints(folder, config.keep)) as manager,
+        stop_requests(manager) as stop_requested,
+    ):
+        done = manager.latest_step() or 0
+        if done == config.steps:
+            return done
+        if done:
+            state = checkpoints.restore(manager, done, program.state, batches)
+        else:
+            batches.start_prefetch()  # while the step compiles
+            state = program.initial()
+        step = program.step.lower(program.state, program.batch).compile()
+        report.begin(done, state, step.memory_analysis())
+
+        def evaluate() -> dict[str, dict[str, float]]:
+            x = program.recipe.evaluated(state.opt_state, state.params)
+            values = {"x": mean_metrics(program, x, validation)}
+            if config.evaluate_y and x is not state.params:
+                values["y"] = mean_metrics(program, state.params, validation)
+            return values
+
+        if not done:
+            report.evaluated(0, evaluate())
+        while done < config.steps and not stop_requested(done):
+            start = time.perf_counter()
+            batch = place(next(batches), mesh, config.accumulate)
+            waited = time.perf_counter() - start
+            state, metrics = step(state, batch)
+            done += 1
+            report.stepped(done, metrics, waited)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                values = evaluate()
+                report.evaluated(done, values)
+                checkpoints.save(manager, done, state, batches, values["x"]["loss"])
+        if done != manager.latest_step():
+            checkpoints.save(manager, done, state, batches, loss=None)
+        manager.wait_until_finished()
+        report.flush(done)
+    return done
+
+
+def mean_metrics(program: Program, params: optax.Params, batches: Any) -> dict[str, float]:
+    """Means over all validation examples."""
+    totals: dict[str, Any] = {}
+    count = 0.0
+    for batch in batches:
+        batch = place(batch, program.mesh)
+        sums = {**program.evaluate(params, batch), "count": jnp.sum(batch["mask"])}
+        totals = {name: totals.get(name, 0.0) + value for name, value in sums.items()}
+    totals = {name: float(value) for name, value in totals.items()}
+    count = totals.pop("count")
+    return {name: value / count for name, value in totals.items()}
+
+
+@contextlib.contextmanager
+def stop_requests(manager) -> Iterator[Callable[[int], bool]]:
+    """Gives a function that tells whether to save and stop: after Ctrl-C or SIGTERM.
+
+    A second Ctrl-C interrupts at once. With several processes only SIGTERM counts, and orbax makes
+    them agree on the step.
+    """
+    if jax.process_count() > 1:
+        yield manager.reached_preemption
+        return
+    received = []
+
+    def receive(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda done: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

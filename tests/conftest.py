@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Before JAX starts: the sharding tests need several devices.
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -6,6 +7,11 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests of the examples compile the same training steps again and again, also in subprocesses.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax

@@ -1,91 +1,327 @@
-"""Real text that needs no download: the source code of the Python standard library."""
+"""Text for training: any corpus, tokenized and packed while it is read, never loaded as a whole.
+
+Several readers, each with its share of the corpus, make one stream of sequences each:
+
+    documents, in another order each epoch -> tokens -> packed sequences -> shuffled in windows
+
+A batch takes as many rows from each reader, and a process runs some of the readers. So the rows
+of a batch do not depend on how many processes there are, and the places of its readers are all
+that a process has to put into a checkpoint.
+"""
 
 import dataclasses
+import functools
+import itertools
+import json
+import math
 import random
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grain
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-END_OF_FILE = "<|end|>"
-# Tests and bundled packages are left out: not every distribution of Python ships them.
-LEFT_OUT = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "_bundled",
-    "__pycache__",
-}
+from examples.llama import tokenizing
+from examples.llama.documents import Documents, Part, digest, hold_out
+from examples.llama.sources import Document, open_corpus, open_hub
+
+SAMPLE = 10**8  # characters that a tokenizer is trained on, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """Tokenized text. `train` and `validation` are int32 vectors, from different files."""
+class TextData:
+    """The text, and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """Where it comes from: stdlib (Python's standard library, nothing to download); a file, folder
+    or quoted glob of .txt, .jsonl or .parquet; hf:NAME or hf:NAME:CONFIG of the Hugging Face
+    hub."""
+    column: str = "text"
+    """Field of .jsonl, .parquet and hub datasets that holds the text."""
+    validation: str | None = None
+    """Another source to validate on (default: the validation split of a hub dataset that has one,
+    else a part of --data.source that is held out)."""
+    held_out: float = 0.1
+    """How much of --data.source to hold out where nothing else is there to validate on."""
+    tokenizer: str = "bpe"
+    """bpe (byte-pair encoding, trained on the source), bytes, or the path of a tokenizer.json."""
+    shuffle: int | None = None
+    """Sequences that each reader shuffles at a time (default: as many as are 65,536 tokens, but at
+    least 64)."""
+    readers: int | None = None
+    """Parts of the source that are read side by side, with as many sequences of each in a batch; it
+    decides the order of the data (default: the largest of 1, 2, 4 and 8 that divides --batch-size,
+    or the number of processes where that is no multiple of it)."""
+    cache: Path = Path("runs/cache")
+    """Folder for tokenizers that were trained."""
+
+    def __post_init__(self):
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"--data.held-out must be between 0 and 1, got {self.held_out}.")
+        for name in ("shuffle", "readers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--data.{name} must be at least 1, got {getattr(self, name)}.")
+
+    def prepare(self, vocab_size: int) -> "Text":
+        """Finds the text, and the tokenizer for a model that knows `vocab_size` tokens.
+
+        Raises ValueError, in one sentence, for flags that cannot work: no text to train or to
+        validate on, no such column, a tokenizer with more tokens than the model.
+        """
+        train, validation = self._parts()
+        for part in (train, validation):
+            if has_text(part):
+                continue
+            if not has_text(Part(part.corpus, part.corpus.shards)):
+                raise ValueError(f"There is no text in {part.corpus.description}: give another.")
+            raise ValueError(
+                f"--data.source {self.source} has too few documents to hold out --data.held-out "
+                f"{self.held_out} of them: give more, or a --data.validation."
+            )
+        tokenizer, name = self._tokenizer(vocab_size, train)
+        tokenizer.encode_special_tokens = True  # "<|end|>" in a document is text like any other
+        end = tokenizing.end_of_text(tokenizer, self.tokenizer)
+        if train.corpus is validation.corpus:
+            description = f"{train.corpus.description}, {self.held_out:.0%} held out"
+        else:
+            description = (
+                f"{train.corpus.description}, validation on {validation.corpus.description}"
+            )
+        description += f"; {name}, {tokenizer.get_vocab_size():,} tokens"
+        return Text(tokenizer, end, description, self, train, validation)
+
+    def _parts(self) -> tuple[Part, Part]:
+        if self.source.startswith("hf:"):
+            splits = open_hub(self.source, self.column, "--data.source")
+            if "train" not in splits:
+                raise ValueError(
+                    f"--data.source {self.source} has no split train, but {', '.join(splits)}."
+                )
+            corpus, other = splits["train"], splits.get("validation")
+        else:
+            corpus, other = open_corpus(self.source, self.column, "--data.source"), None
+        if self.validation is not None and self.validation.startswith("hf:"):
+            splits = open_hub(self.validation, self.column, "--data.validation")
+            other = splits.get("validation") or splits.get("test") or next(iter(splits.values()))
+        elif self.validation is not None:
+            other = open_corpus(self.validation, self.column, "--data.validation")
+        if other is not None:
+            return Part(corpus, corpus.shards), Part(other, other.shards)
+        return hold_out(corpus, self.held_out)
+
+    def _tokenizer(self, vocab_size: int, train: Part) -> tuple[Tokenizer, str]:
+        if self.tokenizer not in ("bpe", "bytes"):
+            return tokenizing.given(self.tokenizer, vocab_size), self.tokenizer
+        if vocab_size < 257:
+            raise ValueError(
+                "--model.vocab-size must be at least 257 (all bytes and the end of a text), got "
+                f"{vocab_size}."
+            )
+        if self.tokenizer == "bytes":
+            return tokenizing.single_bytes(), "single bytes"
+
+        def sample() -> Iterator[str]:
+            size = 0
+            for document, _ in Documents(train, endless=False).walk():
+                yield document.text
+                size += len(document.text)
+                if size >= SAMPLE:
+                    return
+
+        what = (train.corpus.files, train.share, self.column, vocab_size, SAMPLE)
+        return tokenizing.cached(
+            self.cache / f"bpe-{vocab_size}-{digest(what)}.json",
+            lambda: tokenizing.byte_pair_encoding(sample(), vocab_size),
+        ), "byte-pair encoding"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus with its tokenizer; sequences are of `length` tokens and one more to predict."""
 
     tokenizer: Tokenizer
-    train: np.ndarray
-    validation: np.ndarray
+    end: int
+    """The token that closes a document."""
     description: str
+    settings: TextData
+    training: Part
+    held_out: Part
 
+    @property
+    def files(self) -> dict[str, Any]:
+        """What a run stores with its weights: tokenizer.json."""
+        return {"tokenizer.json": json.loads(self.tokenizer.to_str())}
 
-def standard_library(vocab_size: int, split_seed: int = 0) -> Corpus:
-    """Splits the files of the running interpreter's standard library nine to one."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts)
-    )
-    if len(files) < 50:
-        raise FileNotFoundError(
-            f"{root} holds {len(files)} Python files, and the standard library has hundreds. "
-            "Install it in source form (on Debian: libpython3-stdlib)."
+    def train(
+        self, batch_size: int, seed: int, process_index: int, process_count: int, length: int
+    ) -> grain.DatasetIterator:
+        """Endless {"tokens": int32 (batch_size // process_count, length + 1)}, prefetched.
+
+        Its state is small, can be JSON, and tells what was taken from it so far.
+        """
+        readers = self._readers(batch_size, process_count)
+        shuffle = self.settings.shuffle or max(64, 2**16 // length)
+        streams = []
+        for reader in range(process_index, readers, process_count):
+            documents = Documents(self.training, seed, reader, readers)
+            next(documents.walk())  # raises if there is no document for this reader
+            # Of different sizes, so that the windows do not all have to be filled at one time.
+            window = max(1, shuffle * (2 * readers - reader) // (2 * readers))
+            windows = Packed(self._tokens(documents), window * (length + 1)).random_map(
+                functools.partial(shuffled_rows, length + 1),
+                seed=random.Random(f"{seed} {reader}").getrandbits(31),
+            )
+            streams.append(grain.experimental.FlatMapIterDataset(windows, Rows()))
+        batches = grain.IterDataset.mix(streams).batch(
+            batch_size // process_count,
+            batch_fn=lambda rows: {"tokens": np.stack(rows)},
         )
-    random.Random(split_seed).shuffle(files)
-    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    held_out = len(files) // 10
-    tokenizer = byte_pair_encoding(texts[held_out:], vocab_size)
-    validation, train = (tokenize(tokenizer, part) for part in (texts[:held_out], texts[held_out:]))
-    description = (
-        f"{len(files)} files of Python's standard library: {len(train):,} tokens to train on, "
-        f"{len(validation):,} to validate on"
+        return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=8))
+
+    def validation(
+        self,
+        count: int | None,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+        length: int,
+    ) -> "Validation":
+        """`count` sequences (None: all; fewer if there are fewer) from all over the held-out text.
+
+        They do not depend on the seed of the training or on the number of processes.
+        """
+        tokens = self._tokens(Documents(self.held_out, endless=False))
+        rows = Packed(tokens, length + 1)
+        if next(iter(rows), None) is None:
+            raise ValueError(
+                f"--length must be below the {sum(map(len, tokens)):,} tokens that there are to "
+                f"validate on, got {length}."
+            )
+        if count is not None:
+            rows = evenly(itertools.islice(rows, max(2 * count, 2**20 // length)), count)
+        return Validation(rows, batch_size, process_index, process_count)
+
+    def _readers(self, batch_size: int, process_count: int) -> int:
+        readers = self.settings.readers
+        if batch_size % process_count:
+            raise ValueError(
+                f"--batch-size must be a multiple of the {process_count} processes, got "
+                f"{batch_size}."
+            )
+        if readers is None:
+            readers = math.gcd(batch_size, 8)
+            return process_count if readers % process_count else readers
+        if batch_size % readers or readers % process_count:
+            raise ValueError(
+                f"--data.readers must divide --batch-size {batch_size} and be a multiple of the "
+                f"number of processes ({process_count}), got {readers}."
+            )
+        return readers
+
+    def _tokens(self, documents: Documents) -> grain.IterDataset:
+        return documents.map(functools.partial(tokenize, self.tokenizer, self.end))
+
+
+def shuffled_rows(size: int, vector: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The rows of a window. (grain's WindowShuffleIterDataset needs 0.06 to 4 ms for each row.)"""
+    return rng.permutation(vector.reshape(-1, size))
+
+
+class Rows(grain.experimental.FlatMapTransform):
+    """Gives out a window row by row; to continue in a window it is read and shuffled again."""
+
+    def flat_map(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+
+class Packed(grain.IterDataset):
+    """Vectors of any size, one after the other, cut into vectors of one; the rest is dropped.
+
+    grain.experimental.ConcatThenSplitIterDataset cannot continue from a state that was JSON, as
+    in a checkpoint (it compares lists with tuples; grain 0.2.18), and takes ten times as long.
+    """
+
+    def __init__(self, vectors: grain.IterDataset, size: int):
+        super().__init__(vectors)
+        self.size = size
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self._parent.__iter__(), self.size)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """The state is how far the current vector is used, and how to read it again."""
+
+    def __init__(self, vectors: grain.DatasetIterator, size: int):
+        super().__init__(vectors)
+        self._vectors, self._size = vectors, size
+        self._vector, self._used, self._before = np.zeros(0, np.int32), 0, vectors.get_state()
+
+    def __next__(self) -> np.ndarray:
+        parts, missing = [], self._size
+        while missing:
+            if self._used == len(self._vector):
+                self._before = self._vectors.get_state()
+                self._vector, self._used = next(self._vectors), 0
+            parts.append(self._vector[self._used : self._used + missing])
+            self._used += len(parts[-1])
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"before": self._before, "used": self._used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._before, self._used = state["before"], state["used"]
+        self._vectors.set_state(self._before)
+        self._vector = next(self._vectors) if self._used else np.zeros(0, np.int32)
+
+
+def has_text(part: Part) -> bool:
+    return next(Documents(part, endless=False).walk(), None) is not None
+
+
+def tokenize(tokenizer: Tokenizer, end: int, documents: list[Document]) -> np.ndarray:
+    """The tokens of all of them, one document after the other."""
+    encodings = tokenizer.encode_batch_fast(  # without the offsets, which nobody asks for
+        [document.text for document in documents], add_special_tokens=False
     )
-    return Corpus(tokenizer, train, validation, description)
+    tokens = []
+    for document, encoding in zip(documents, encodings, strict=True):
+        tokens += encoding.ids
+        if document.ends:
+            tokens.append(end)
+    return np.array(tokens, np.int32)
 
 
-def byte_pair_encoding(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE trained on these texts; it can encode any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_FILE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+def evenly(rows: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
+    """`count` of the rows, evenly spaced, of which never more than twice as many are held."""
+    kept, stride = [], 1
+    for i, row in enumerate(rows):
+        if i % stride == 0:
+            kept.append(row)
+        if len(kept) == 2 * count:
+            kept, stride = kept[::2], 2 * stride
+    count = min(count, len(kept))
+    return [kept[i] for i in np.linspace(0, len(kept) - 1, count).round().astype(int)]
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    """All texts one after the other, each closed by the end-of-file token."""
-    end = tokenizer.token_to_id(END_OF_FILE)
-    encodings = tokenizer.encode_batch_fast(texts)  # without the offsets, which nobody asks for
-    return np.concatenate([np.array([*encoding.ids, end], np.int32) for encoding in encodings])
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """The rows of one process, as often as they are wanted: {"tokens", "mask"}."""
 
+    rows: Iterable[np.ndarray]
+    batch_size: int
+    process_index: int
+    process_count: int
 
-def random_windows(tokens: np.ndarray, batch: int, length: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches of shape (batch, length + 1), in an order that only the seed decides."""
-    rng = np.random.default_rng(seed)
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
-    while True:
-        yield windows[rng.integers(len(windows), size=batch)]
-
-
-def even_windows(tokens: np.ndarray, count: int, length: int) -> np.ndarray:
-    """`count` windows of shape (length + 1,), spread evenly over the text."""
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)
-    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        local = self.batch_size // self.process_count
+        rows = iter(self.rows)
+        while batch := list(itertools.islice(rows, self.batch_size)):
+            mask = np.arange(self.batch_size) < len(batch)
+            batch += [np.zeros_like(batch[0])] * (self.batch_size - len(batch))
+            mine = slice(self.process_index * local, (self.process_index + 1) * local)
+            yield {"tokens": np.stack(batch[mine]), "mask": mask[mine].astype(np.float32)}

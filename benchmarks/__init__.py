@@ -1,0 +1,1 @@
+"""Measurements behind what the documentation says; their results lie in `results/`."""

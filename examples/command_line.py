@@ -1,0 +1,153 @@
+"""What the commands share: presets as defaults, one-sentence errors, several processes, and the
+configuration that is stored with a run and read back."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import platform
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+# Flags that change nothing in what a run computes: a run may go on with other values of these.
+FREE = {
+    "run", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
+    "validation_examples", "distributed", "data.cache",
+}  # fmt: skip
+PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+    """Several processes that train together."""
+
+    distributed: bool = False
+    """Start as one of several processes (jax.distributed.initialize). Slurm, Cloud TPU and other
+    clusters need no more; elsewhere the next three flags say who is who."""
+    coordinator: str | None = None
+    """Address and port of process 0, such as 10.0.0.1:1234."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Number of this process, from 0."""
+
+    def start(self) -> None:
+        """Must be called before anything else touches jax's devices.
+
+        Raises:
+          ValueError: if flags contradict each other or the processes do not meet.
+        """
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if not self.distributed:
+            if any(given):
+                raise ValueError("--coordinator, --processes and --process need --distributed.")
+            return
+        if any(given) and not all(given):
+            raise ValueError("Give --coordinator, --processes and --process together, or none.")
+        try:
+            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--distributed: {error}") from error
+
+
+def peek(arguments: Sequence[str], flag: str, default: str) -> str:
+    """The value of a flag, before the others can be parsed: it decides their defaults."""
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == flag:
+            return value or (arguments[index + 1] if index + 1 < len(arguments) else default)
+    return default
+
+
+def run_command(command: Callable[[Sequence[str], Console], int], arguments=None) -> int:
+    """Runs a command; what the user can put right ends in one sentence and exit status 2."""
+    console = Console()
+    try:
+        return command(sys.argv[1:] if arguments is None else list(arguments), console)
+    except (ValueError, OSError) as error:
+        console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("\nInterrupted.")
+        return 130
+
+
+def check_run(config: Any) -> None:
+    """Checks that the configuration is the one that its run folder was begun with, if it was.
+
+    Raises:
+      ValueError: if the folder holds a run with other flags.
+    """
+    folder, path = config.run, config.run / "config.json"
+    if not config.resume and folder.exists() and jax.process_index() == 0:
+        free = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
+        folder.rename(f"{folder}.{free}")
+    if not path.exists():
+        return
+    stored = json.loads(path.read_text())["config"]
+    before, now = (leaves(tree) for tree in (stored, to_json(config)))
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old != new and not {name, name.split(".")[0]} & FREE:
+            flag = "--" + name.removeprefix("settings.").replace("_", "-")
+            raise ValueError(
+                f"{folder} holds a run that was begun with {flag} {old}, not {new}; give the same "
+                "flags to go on with it, or --no-resume to rename it and start anew."
+            )
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+        flat |= {} if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def to_store(config: Any) -> dict[str, Any]:
+    """What is written beside a run: the whole configuration, and the versions behind it."""
+    return {"config": to_json(config), "versions": versions()}
+
+
+def from_json(kind: type, values: dict[str, Any]) -> Any:
+    """The dataclass that `to_json` stored."""
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for field in dataclasses.fields(kind):
+        value, hint = values[field.name], hints[field.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if dataclasses.is_dataclass(hint):
+            value = from_json(hint, value)
+        elif Path in options and value is not None:
+            value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        fields[field.name] = value
+    return kind(**fields)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def parse(kind: type, program: str, default: Any, arguments: Sequence[str]) -> Any:
+    return tyro.cli(kind, prog=program, default=default, args=arguments)

@@ -1,0 +1,31 @@
+"""python -m examples.llama: trains a Llama; export, sample and plan are its other commands."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from examples.command_line import run_command
+from examples.llama.export import export
+from examples.llama.sampling import sample
+from examples.llama.train import TrainLlama
+from examples.planning import plan
+from examples.run import train_command
+
+PROGRAM = "python -m examples.llama"
+
+
+def main(arguments: Sequence[str], console: Console) -> int:
+    match list(arguments):
+        case ["export", *rest]:
+            return export(rest, console)
+        case ["sample", *rest]:
+            return sample(rest, console)
+        case ["plan", *rest]:
+            return plan(TrainLlama, PROGRAM, rest, console)
+        case rest:
+            return train_command(TrainLlama, PROGRAM, rest, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,109 @@
+"""The folder of a run, read back: its averaged weights, in the model and beside the tokenizer that
+they belong to. The corpus is not needed."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tokenizers import Tokenizer
+
+from examples import checkpoints
+from examples.command_line import from_json
+from examples.llama.model import Llama
+from examples.llama.train import TrainLlama
+from examples.reporting import History
+from examples.sharding import make_mesh
+from examples.training import build
+
+Checkpoint = Literal["latest", "best"] | int
+
+
+class Trained(NamedTuple):
+    """What came of a run, at one of its checkpoints."""
+
+    config: TrainLlama
+    model: Llama
+    """At the weights to evaluate, x, in the host's memory."""
+    tokenizer: Tokenizer
+    """Encodes as in training: adds no tokens of its own."""
+
+
+def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
+    """Reads a run, whatever devices it was made on; one that goes on meanwhile is not disturbed.
+
+    Args:
+      folder: the run's.
+      checkpoint: the last one, the one with the lowest validation loss, or that of a step.
+
+    Raises:
+      ValueError: if that is no run of a Llama, or has no such checkpoint.
+    """
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    # Not `open_checkpoints`, which deletes what a trainer may just be writing.
+    options = ocp.CheckpointManagerOptions(create=False)
+    path = (folder / "checkpoints").absolute()
+    with contextlib.closing(ocp.CheckpointManager(path, options=options)) as manager:
+        step = choose(folder, manager.all_steps(), checkpoint)
+        program = build(config, config.task(), make_mesh(1, [host()]))
+        state = checkpoints.restore(manager, step, program.state)
+    x = program.recipe.evaluated(state.opt_state, state.params)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config.model, nnx.Rngs(0))))
+    return Trained(config, nnx.merge(graph, x), tokenizer)
+
+
+def read_config(folder: Path) -> TrainLlama:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no config.json.")
+    try:
+        return from_json(TrainLlama, json.loads(path.read_text())["config"])
+    except KeyError as error:
+        raise ValueError(
+            f"{path} lacks {error.args[0]}: the run is not of a Llama, or was made by another "
+            "version of these examples."
+        ) from None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json: the command that trained writes it.")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.post_processor = None  # what other people's tokenizers put before a text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def choose(folder: Path, steps: Sequence[int], checkpoint: Checkpoint) -> int:
+    """The step that is asked for, of those that are there."""
+    if not steps:
+        raise ValueError(f"{folder} has no checkpoint yet.")
+    if checkpoint == "latest":
+        return max(steps)
+    if checkpoint == "best":
+        losses = {step: loss for step, loss in History.read(folder).losses() if step in steps}
+        if not losses:
+            raise ValueError(
+                f"--checkpoint best: no checkpoint in {folder} was evaluated; give latest."
+            )
+        return min(losses, key=losses.__getitem__)
+    if checkpoint not in steps:
+        there = ", ".join(str(step) for step in sorted(steps))
+        raise ValueError(
+            f"--checkpoint {checkpoint}: {folder} has no checkpoint of that step, but of {there}."
+        )
+    return checkpoint
+
+
+def host() -> jax.Device:
+    """The CPU, because an accelerator may be too small for the whole state, or busy."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]

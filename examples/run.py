@@ -1,0 +1,107 @@
+"""One training run, from the command line to its summary."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from examples import optimizers, reporting
+from examples.command_line import check_run, parse, peek, to_store
+from examples.reporting import History, Report
+from examples.training import Data, OneRun, train
+
+
+def train_command(kind: type, program: str, arguments: Sequence[str], console: Console) -> int:
+    """Parses the flags of a workload, trains, and shows what came of it."""
+    config = parse_run(kind, program, arguments)
+    config.distributed.start()
+    console.quiet = jax.process_index() > 0
+    done = run(config, console)
+    runs = {optimizers.label(config.optimizer): History.read(config.run)}
+    if jax.process_index() == 0:
+        reporting.plot(runs, config.run / "summary.png")
+        console.print(reporting.table(runs, config.steps))
+    console.print(
+        f"Curves: {config.run}/summary.png. Numbers: {config.run}/metrics.jsonl.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if done < config.steps:
+        console.print(f"Stopped after step {done}; the same command goes on from there.")
+        return 130
+    return 0
+
+
+def parse_run(kind: type, program: str, arguments: Sequence[str]) -> OneRun:
+    """The preset and the optimizer decide the defaults that `--help` shows for the other flags."""
+    default = kind()
+    preset = peek(arguments, "--preset", default.preset)
+    optimizer = peek(arguments, "--optimizer", default.optimizer)
+    if preset in kind.PRESETS and optimizer in optimizers.NAMES:  # else tyro names the error
+        default = kind(
+            optimizer=optimizer,
+            settings=kind.preset_settings(preset, optimizer),
+            **kind.preset_values(preset),
+        )
+    config = parse(kind, program, default, arguments)
+    if config.run is None:
+        folder = Path("runs", f"{config.workload}-{config.preset}-{config.optimizer}")
+        config = dataclasses.replace(config, run=folder)
+    return config
+
+
+def run(config: OneRun, console: Console, data: Data | None = None) -> int:
+    """Trains, or goes on with the run in `config.run`; what it measures is in its folder.
+
+    Args:
+      config: a workload's configuration of one run.
+      console: shows the progress.
+      data: the opened data, if there is any already.
+
+    Returns:
+      The updates made in all.
+
+    Raises:
+      ValueError: if flags or data do not fit, before anything is compiled.
+    """
+    check_run(config)
+    if data is None:
+        with console.status("Opening the data"):
+            data = config.open_data()
+        console.print(data.description, highlight=False, soft_wrap=True)
+    check_files(config.run, data.files)
+    task = config.task(data)
+    report = Report(
+        config.run,
+        console,
+        title=optimizers.label(config.optimizer),
+        steps=config.steps,
+        log_every=config.log_every,
+        unit=task.unit,
+        units_per_step=task.units * config.batch_size,
+        learning_rate=optimizers.schedule(config.settings, config.steps),
+        files={"config.json": to_store(config), **data.files},
+    )
+    try:
+        return train(config, task, data, report, **config.data_options)
+    finally:
+        report.close()
+
+
+def check_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Checks that the data still is what the run was begun with: its tokenizer, its classes.
+
+    Raises:
+      ValueError: if it has changed since.
+    """
+    for name, content in files.items():
+        path = folder / name
+        if path.exists() and json.loads(path.read_text()) != content:
+            raise ValueError(
+                f"{folder} holds a run that was begun with other data, as its {name} shows; give "
+                "that data to go on with it, or --no-resume to rename it and start anew."
+            )

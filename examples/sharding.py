@@ -1,0 +1,62 @@
+"""Where arrays live: a mesh with the axes `data` and `fsdp`, and the rules, all in one place.
+
+Batches are split over both axes. Params, and everything in the optimizer's state that is shaped
+like a param (x, y, moments, momenta), are split over `fsdp` by the same rule and repeated over
+`data`: GPA reads a param and its x on the device that holds both, and adds no communication.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH = PartitionSpec(("data", "fsdp"))
+MICROBATCHES = PartitionSpec(None, ("data", "fsdp"))
+
+
+def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices (or of these), of which `fsdp` share a copy of the state.
+
+    Raises:
+      ValueError: if the devices cannot be divided so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if fsdp < 1 or len(devices) % fsdp:
+        raise ValueError(
+            f"--fsdp must divide the number of devices, which is {len(devices)}, got {fsdp}."
+        )
+    # Not jax.make_mesh, which refuses most TPUs an fsdp that is a part of an axis of their torus.
+    grid = mesh_utils.create_device_mesh(
+        (len(devices) // fsdp, fsdp), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def partition(path: jax.tree_util.KeyPath, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """Splits the largest axis that `fsdp` divides, but never the one that stacks the blocks: the
+    scan over blocks then gathers one block at a time. Leaves (of one block) under a page (4 KiB) a
+    device are repeated, because moving them costs more than it saves."""
+    stacked = any(getattr(key, "key", getattr(key, "name", None)) == "blocks" for key in path)
+    axes = [axis for axis in range(int(stacked), len(shape)) if shape[axis] % fsdp == 0]
+    if fsdp == 1 or not axes or np.prod(shape[int(stacked) :]) < 1024 * fsdp:
+        return PartitionSpec()
+    widest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * widest, "fsdp")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf of a tree of params or of any state that holds such trees."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition(path, leaf.shape, mesh.shape["fsdp"])),
+        tree,
+    )
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keeps activations split by their batch axis: a hint for the partitioner, which otherwise may
+    follow the weights. Without a mesh (one device, sampling) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, BATCH)

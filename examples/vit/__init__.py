@@ -1,0 +1,1 @@
+"""A ViT trained on images."""

@@ -1,0 +1,25 @@
+"""python -m examples.vit: trains a ViT; plan is its other command."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from examples.command_line import run_command
+from examples.planning import plan
+from examples.run import train_command
+from examples.vit.train import TrainViT
+
+PROGRAM = "python -m examples.vit"
+
+
+def main(arguments: Sequence[str], console: Console) -> int:
+    match list(arguments):
+        case ["plan", *rest]:
+            return plan(TrainViT, PROGRAM, rest, console)
+        case rest:
+            return train_command(TrainViT, PROGRAM, rest, console)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

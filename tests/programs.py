@@ -1,0 +1,96 @@
+"""Small runs of the examples, for the tests of them."""
+
+import contextlib
+import dataclasses
+import io
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from examples import sharding, training
+from examples.llama.data import TextData
+from examples.llama.model import LlamaConfig
+from examples.llama.train import TrainLlama
+from examples.run import run
+
+SMALL = LlamaConfig(vocab_size=300, dim=16, layers=2, heads=4, kv_heads=2, hidden=32)
+
+
+def write_text(folder: Path) -> Path:
+    """Forty files of words, the same in each test."""
+    words = [
+        "the",
+        "a",
+        "of",
+        "average",
+        "step",
+        "loss",
+        "params",
+        "takes",
+        "gives",
+        "moves",
+        "slowly",
+        "fast",
+        "evaluation",
+    ]
+    chooser = random.Random(0)
+    folder.mkdir(parents=True)
+    for number in range(40):
+        text = " ".join(chooser.choice(words) for _ in range(400))
+        (folder / f"{number:02}.txt").write_text(text + "\n")
+    return folder
+
+
+def llama(folder: Path, **changes) -> TrainLlama:
+    """A run on the text in `folder / "text"`, which lasts a second."""
+    if not (folder / "text").exists():
+        write_text(folder / "text")
+    optimizer = changes.get("optimizer", "gpa-adamw")
+    settings = dataclasses.replace(
+        TrainLlama.preset_settings("tiny", optimizer), **changes.pop("settings", {})
+    )
+    values = {
+        "run": folder / "run",
+        "settings": settings,
+        "steps": 12,
+        "batch_size": 8,
+        "length": 16,
+        "evaluate_every": 4,
+        "validation_examples": 16,
+        "log_every": 1,
+        "model": SMALL,
+        "data": TextData(str(folder / "text"), shuffle=16, cache=folder / "cache"),
+    }
+    return TrainLlama(**values | changes)
+
+
+def train(config) -> str:
+    """Runs it here; returns what it printed."""
+    out = io.StringIO()
+    run(config, Console(file=out, width=120))
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def on_devices(count: int, monkeypatch):
+    """The trainer sees only so many devices."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training, "make_mesh", lambda fsdp: sharding.make_mesh(fsdp, jax.devices()[:count])
+        )
+        yield
+
+
+def built(config, devices: int = 1):
+    """The program of a run on so many devices, its first state, and a batch."""
+    mesh = sharding.make_mesh(config.fsdp, jax.devices()[:devices])
+    program = training.build(config, config.task(), mesh)
+    tokens = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, (config.batch_size, config.length + 1)
+    )
+    batch = {"tokens": tokens.astype(np.int32)}
+    with jax.set_mesh(mesh):
+        return program, program.initial(), training.place(batch, mesh, config.accumulate)

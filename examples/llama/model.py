@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from examples.layers import Linear
 from examples.sharding import split_batch
 
 
@@ -99,11 +100,9 @@ def precision(config: LlamaConfig) -> dict[str, jnp.dtype]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def linear(config: LlamaConfig, inputs: int, outputs: int, std: float, rngs: nnx.Rngs):
+def linear(config: LlamaConfig, inputs: int, outputs: int, std: float, rngs: nnx.Rngs) -> Linear:
     init = nnx.initializers.normal(std)
-    return nnx.Linear(
-        inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs, **precision(config)
-    )
+    return Linear(inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs, **precision(config))
 
 
 def norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

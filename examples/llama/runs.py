@@ -75,8 +75,6 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder} has no tokenizer.json: the command that trained writes it.")
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.post_processor = None  # what other people's tokenizers put before a text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return tokenizer
 
 

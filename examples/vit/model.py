@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from examples.layers import Linear
 from examples.sharding import split_batch
 
 
@@ -125,9 +126,9 @@ def precision(config: ViTConfig) -> dict[str, jnp.dtype]:
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
-def linear(config: ViTConfig, inputs: int, outputs: int, rngs: nnx.Rngs, **settings) -> nnx.Linear:
+def linear(config: ViTConfig, inputs: int, outputs: int, rngs: nnx.Rngs, **settings) -> Linear:
     settings = {"kernel_init": nnx.initializers.xavier_uniform()} | precision(config) | settings
-    return nnx.Linear(inputs, outputs, rngs=rngs, **settings)
+    return Linear(inputs, outputs, rngs=rngs, **settings)
 
 
 def norm(config: ViTConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -11,18 +11,20 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoints in a folder; the last `keep` are kept and the best, by validation loss."""
-    policy = keeping.AnyPreservationPolicy([
-        keeping.LatestN(keep),
-        keeping.BestN(
-            get_metric_fn=lambda metrics: -metrics["loss"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        ),
-    ])  # fmt: skip
+    best = {"get_metric_fn": quality, "n": 1, "keep_checkpoints_without_metrics": False}
+    policy = keeping.AnyPreservationPolicy([keeping.LatestN(keep), keeping.BestN(**best)])
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        preservation_policy=policy,
+        best_fn=quality,  # without it the losses are not stored, and a resumed run knows no best
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def quality(metrics: dict[str, float]) -> float:
+    """More is better."""
+    return -metrics["loss"]
 
 
 def save(

@@ -215,18 +215,20 @@ def topology(target: str, platform: str, name: str, **options: Any) -> Sequence[
 def compile_step(
     program: Program, target: Target, optimizer: str, console: Console
 ) -> jax.stages.Compiled | None:
-    """The compiled step, or None if the compiler says that it cannot fit."""
+    """The compiled step, or None (and the reason printed) if the compiler lacks memory for it."""
     label, start = optimizers.label(optimizer), time.perf_counter()
     try:
         with console.status(f"Compiling with {label}"), jax.set_mesh(program.mesh):
             traced = program.step.trace(program.state, program.batch)
             compiled = traced.lower(lowering_platforms=(target.platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
-        _, exhausted, reason = str(error).partition("RESOURCE_EXHAUSTED: ")
-        if not exhausted:
+        reason = re.search(r"Ran out of memory.{,200}", str(error))
+        if not reason:
             raise
-        what = f"With {label} it does not fit; the compiler says: {reason.splitlines()[0]}"
-        console.print(what, highlight=False, soft_wrap=True)
+        # The other memory of a TPU, VMEM, is the compiler's to divide: no more of it helps.
+        hbm = "hbm" in reason[0].lower()
+        what = "it does not fit" if hbm else "the compiler fails; another --accumulate may do"
+        console.print(f"With {label} {what}: {reason[0]}", highlight=False, soft_wrap=True)
         return None
     console.print(
         f"The step with {label} was compiled in {time.perf_counter() - start:.0f} s by "

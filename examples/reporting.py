@@ -77,9 +77,13 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all, whenever the process may end."""
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process may end."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -106,6 +110,7 @@ class Report:
         self.active = jax.process_index() == 0
         self.waiting: list[tuple[dict[str, jax.Array], float]] = []
         self.status, self.validation_loss = "", "-"
+        self.since = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -123,13 +128,13 @@ class Report:
             write_json(self.folder / name, content)
         path = self.folder / "metrics.jsonl"
         kept = [record for record in records(path) if record["step"] <= done]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
         self.write(done, size=sizes(state, memory))
         self.progress.start()
         self.task = self.progress.add_task(self.title, total=self.steps, completed=done, status="")
-        if done and self.active:
+        if done:
             self.console.print(f"{self.title}: goes on from step {done}.", highlight=False)
         self.since = time.perf_counter()
 

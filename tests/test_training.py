@@ -131,10 +131,14 @@ def test_a_checkpoint_of_one_device_restores_on_eight_and_the_reverse(
 
 
 def test_the_last_checkpoints_are_kept_and_the_best(tmp_path, monkeypatch):
+    """Also when the best was saved before the run was stopped."""
     config = llama(tmp_path, steps=24, keep=2)
     # The second evaluation after the start is the best by far.
     losses = iter([9.0, 3.0, 1.0, 5.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr("examples.training.mean_metrics", lambda *_: {"loss": next(losses)})
+    with monkeypatch.context() as patch:
+        interrupt_after(13, patch)
+        train(config)
     train(config)
     assert sorted(int(p.name) for p in (config.run / "checkpoints").iterdir()) == [8, 20, 24]
 
@@ -380,4 +384,9 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
     assert "step 12 of 12" in outputs[0]
     assert "step" not in outputs[1]  # only one of them reports
-    assert (tmp_path / "run-of-2" / "checkpoints" / "12" / "data" / "process_1-of-2.json").exists()
+    folder = tmp_path / "run-of-2" / "checkpoints" / "12"
+    assert (folder / "data" / "process_1-of-2.json").exists()
+    shutil.rmtree(folder)
+    again, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
+    assert "goes on from step 6" in outputs[0]
+    assert again.train_loss == two.train_loss

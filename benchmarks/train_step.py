@@ -64,7 +64,9 @@ class Profiled(Report):
             self.reporting += time.perf_counter() - start
         if done == self.first:
             jax.block_until_ready(metrics)
-            jax.profiler.start_trace(self.trace)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # tracing each call would slow the host down
+            jax.profiler.start_trace(self.trace, profiler_options=options)
             self.began = time.perf_counter()
         if done == self.steps - 1:
             jax.block_until_ready(metrics)

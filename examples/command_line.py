@@ -75,7 +75,8 @@ def run_command(command: Callable[[Sequence[str], Console], int], arguments=None
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
     except (ValueError, OSError) as error:
-        console.print(f"[red]{escape(str(error))}[/]", highlight=False, soft_wrap=True)
+        message = f"[red]{escape(str(error))}[/]"
+        console.print(message, highlight=False, emoji=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("\nInterrupted.")

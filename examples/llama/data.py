@@ -48,7 +48,7 @@ class TextData:
     tokenizer: str = "bpe"
     """bpe (byte-pair encoding, trained on the source), bytes, or the path of a tokenizer.json."""
     shuffle: int | None = None
-    """Sequences that each reader shuffles at a time (default: as many as are 65,536 tokens, but at
+    """Sequences that each reader shuffles at a time (default: as many as are 262,144 tokens, but at
     least 64)."""
     readers: int | None = None
     """Parts of the source that are read side by side, with as many sequences of each in a batch; it
@@ -162,7 +162,7 @@ class Text:
         Its state is small, can be JSON, and tells what was taken from it so far.
         """
         readers = self._readers(batch_size, process_count)
-        shuffle = self.settings.shuffle or max(64, 2**16 // length)
+        shuffle = self.settings.shuffle or max(64, 2**18 // length)
         streams = []
         for reader in range(process_index, readers, process_count):
             documents = Documents(self.training, seed, reader, readers)

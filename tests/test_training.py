@@ -237,6 +237,17 @@ def test_bfloat16_params_train_with_the_master_copy_in_the_state(tmp_path):
     assert last[0] - first[0] == pytest.approx(last[1] - first[1], rel=0.2)
 
 
+def test_the_preset_15m_trains(tmp_path):
+    """The largest that a test trains; what is larger is compiled by `plan`."""
+    values = TrainLlama.preset_values("15m")
+    config = llama(tmp_path, steps=3, evaluate_every=3, preset="15m", model=values["model"])
+    train(config)
+    history = History.read(config.run)
+    assert history.size["params"] == 15_735_168
+    assert history.train_loss[0][1] == pytest.approx(np.log(4096), abs=0.3)
+    assert history.train_loss[-1][1] < history.train_loss[0][1]
+
+
 def test_metrics_are_stored_for_people_and_for_programs(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 

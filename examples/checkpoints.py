@@ -1,5 +1,6 @@
 """Checkpoints of a run, by orbax: the training state and the position in the data."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def quality(metrics: dict[str, float]) -> float:
-    """More is better."""
-    return -metrics["loss"]
+    """More is better, and what is no number is worst."""
+    return -metrics["loss"] if math.isfinite(metrics["loss"]) else -math.inf
 
 
 def save(

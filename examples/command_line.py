@@ -14,16 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import tyro
+from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.markup import escape
 
 # Flags that change nothing in what a run computes: a run may go on with other values of these.
 FREE = {
-    "run", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
-    "validation_examples", "distributed", "data.cache",
+    "run", "out", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
+    "distributed", "data.cache",
 }  # fmt: skip
+# Orbax would warn of each checkpoint that is saved between two evaluations.
+absl.logging.set_verbosity(absl.logging.ERROR)
 PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -64,8 +68,8 @@ def peek(arguments: Sequence[str], flag: str, default: str) -> str:
     """The value of a flag, before the others can be parsed: it decides their defaults."""
     for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == flag:
-            return value or (arguments[index + 1] if index + 1 < len(arguments) else default)
+        if name == flag:  # the last one counts
+            default = value or (*arguments, default)[index + 1]
     return default
 
 
@@ -75,12 +79,24 @@ def run_command(command: Callable[[Sequence[str], Console], int], arguments=None
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
     except (ValueError, OSError) as error:
-        message = f"[red]{escape(str(error))}[/]"
-        console.print(message, highlight=False, emoji=False, soft_wrap=True)
+        # Not on the command's console, which is quiet in all processes but the first.
+        who = f"Process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
+        message = f"[red]{escape(who + str(error))}[/]"
+        Console(stderr=True).print(message, highlight=False, emoji=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
         return 130
+
+
+def begin_anew(folder: Path, console: Console) -> None:
+    """Renames a folder that is there, so that nothing in it is lost."""
+    if folder.exists() and jax.process_index() == 0:
+        free = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
+        folder.rename(f"{folder}.{free}")
+        console.print(f"{folder} is {folder}.{free} now.", highlight=False, soft_wrap=True)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"begin anew in {folder}")
 
 
 def check_run(config: Any) -> None:
@@ -89,22 +105,30 @@ def check_run(config: Any) -> None:
     Raises:
       ValueError: if the folder holds a run with other flags.
     """
-    folder, path = config.run, config.run / "config.json"
-    if not config.resume and folder.exists() and jax.process_index() == 0:
-        free = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-        folder.rename(f"{folder}.{free}")
+    path = config.run / "config.json"
     if not path.exists():
         return
-    stored = json.loads(path.read_text())["config"]
-    before, now = (leaves(tree) for tree in (stored, to_json(config)))
+    before, now = (
+        decisive(tree) for tree in (json.loads(path.read_text())["config"], to_json(config))
+    )
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old != new and not {name, name.split(".")[0]} & FREE:
+        if old != new:
             flag = "--" + name.removeprefix("settings.").replace("_", "-")
             raise ValueError(
-                f"{folder} holds a run that was begun with {flag} {old}, not {new}; give the same "
-                "flags to go on with it, or --no-resume to rename it and start anew."
+                f"{config.run} holds a run that was begun with {flag} {old}, not {new}; give the "
+                "same flags to go on with it, another --run, or --no-resume to rename it and start "
+                "anew."
             )
+
+
+def decisive(stored: dict[str, Any]) -> dict[str, Any]:
+    """The flags on which the result of a run depends."""
+    return {
+        name: value
+        for name, value in leaves(stored).items()
+        if not {name, name.split(".")[0]} & FREE
+    }
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

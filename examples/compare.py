@@ -7,6 +7,7 @@ python -m examples.compare vit --optimizers adamw gpa-adamw schedule-free-adamw 
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +21,22 @@ from rich.panel import Panel
 from rich.text import Text
 
 from examples import optimizers, reporting
-from examples.command_line import FREE, parse, peek, run_command, to_json, to_store
+from examples.command_line import (
+    begin_anew,
+    check_run,
+    decisive,
+    parse,
+    peek,
+    run_command,
+    to_json,
+    to_store,
+)
 from examples.llama.train import LlamaFlags, TrainLlama
 from examples.optimizers import Name, Settings
 from examples.reporting import History, first_step_at
 from examples.run import run
 from examples.training import OneRun, Training
 from examples.vit.train import TrainViT, ViTFlags
-
-WORKLOADS = {"llama": TrainLlama, "vit": TrainViT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,9 @@ class CompareViT(Comparison, ViTFlags):
     and compares them."""
 
 
+WORKLOADS = {"llama": (CompareLlama, TrainLlama), "vit": (CompareViT, TrainViT)}
+
+
 def main(arguments: Sequence[str], console: Console) -> int:
     if not arguments or arguments[0] not in WORKLOADS:
         given = f", got {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
@@ -80,13 +91,16 @@ def main(arguments: Sequence[str], console: Console) -> int:
             "With --help after it, that tells every flag."
         )
     workload, *arguments = arguments
-    kind = WORKLOADS[workload]
     config = parse_comparison(workload, arguments)
     config.distributed.start()
     console.quiet = jax.process_index() > 0
-    configs = {name: config.of(kind, name) for name in config.optimizers}  # checks them all
+    if not config.resume:
+        begin_anew(config.out, console)
     with console.status("Opening the data"):
         data = config.open_data()
+    configs = {name: config.of(WORKLOADS[workload][1], name) for name in config.optimizers}
+    for one in configs.values():  # all of them, before the first one trains
+        check_run(one.fitted(data))
     console.print(data.description, highlight=False, soft_wrap=True)
     console.print(
         f"{config.steps} steps of {config.batch_size} examples on {jax.device_count()} x "
@@ -95,7 +109,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
         soft_wrap=True,
     )
     for name in config.optimizers:
-        if run(configs[name], console, data) < config.steps:
+        done = run(configs[name], console, data)
+        if done < config.steps:
             break
     if jax.process_index() > 0:
         return 0
@@ -103,7 +118,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
     histories = {name: history for name, history in histories.items() if history.validation}
     complete = [name for name, history in histories.items() if history.done == config.steps]
     show(config, histories, console)
-    if workload == "llama" and complete:
+    if workload == "llama" and complete and jax.process_count() == 1:
         show_sample(configs[complete[-1]], console)
     console.print(
         f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.",
@@ -111,14 +126,14 @@ def main(arguments: Sequence[str], console: Console) -> int:
         soft_wrap=True,
     )
     if len(complete) < len(config.optimizers):
-        console.print("Stopped; the same command goes on from there.")
+        console.print(reporting.stopped(done, config.resume))
         return 130
     return 0
 
 
 def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     """The preset and the optimizers decide the defaults that `--help` shows for the other flags."""
-    kind, train = {"llama": (CompareLlama, TrainLlama), "vit": (CompareViT, TrainViT)}[workload]
+    kind, train = WORKLOADS[workload]
     default = kind()
     preset = peek(arguments, "--preset", default.preset)
     names = named_optimizers(arguments) or default.optimizers
@@ -132,20 +147,24 @@ def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     if not config.optimizers or len(set(config.optimizers)) < len(config.optimizers):
         raise ValueError("--optimizers must name one or more different optimizers.")
     if config.out is None:
-        flags = {name: value for name, value in to_json(config).items() if name not in FREE}
-        flags = json.dumps(flags, sort_keys=True).encode()
-        folder = f"compare-{workload}-{hashlib.sha256(flags).hexdigest()[:8]}"
+        flags = decisive(to_json(config)) | {
+            "evaluations": [config.evaluate_every, config.evaluate_y]
+        }
+        digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()
+        folder = f"compare-{workload}-{digest[:8]}"
         config = dataclasses.replace(config, out=Path("runs", folder))
     return config
 
 
 def named_optimizers(arguments: Sequence[str]) -> list[str]:
     """What follows `--optimizers`, before the other flags can be parsed."""
-    if "--optimizers" not in arguments:
-        return []
-    rest = arguments[list(arguments).index("--optimizers") + 1 :]
-    end = next((i for i, argument in enumerate(rest) if argument.startswith("-")), len(rest))
-    return list(rest[:end])
+    names: list[str] = []
+    for index, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--optimizers":
+            rest = [value] if value else arguments[index + 1 :]
+            names = list(itertools.takewhile(lambda name: not name.startswith("-"), rest))
+    return names
 
 
 def show(config: Any, histories: Mapping[str, History], console: Console) -> None:

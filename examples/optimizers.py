@@ -181,16 +181,16 @@ def base_optimizer(
 
 def schedule(settings: Settings, steps: int) -> optax.Schedule:
     """The learning rate as a function of the updates made."""
-    peak, warmup = settings.learning_rate, max(1, round(settings.warmup * steps))
-    rest = max(1, steps - warmup)
+    peak, warmup = settings.learning_rate, round(settings.warmup * steps)
+    rest, decay = max(1, steps - warmup), max(1, round(settings.decay * steps))
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
         "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
         "constant": lambda: optax.constant_schedule(peak),
-        "wsd": lambda: optax.linear_schedule(
-            peak, 0.0, max(1, round(settings.decay * steps)), round(rest - settings.decay * steps)
-        ),
+        "wsd": lambda: optax.linear_schedule(peak, 0.0, decay, rest - decay),
     }[settings.schedule]()
+    if warmup == 0:
+        return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 

@@ -5,6 +5,7 @@ metrics.jsonl is the record: the table and the plot are made from it, of one run
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ class Report:
         self.learning_rate = learning_rate
         self.active = jax.process_index() == 0
         self.waiting: list[tuple[dict[str, jax.Array], float]] = []
-        self.status, self.validation_loss = "", "-"
+        self.status, self.validation_loss = "", "0"
         self.since = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -127,7 +128,8 @@ class Report:
         for name, content in self.files.items():
             write_json(self.folder / name, content)
         path = self.folder / "metrics.jsonl"
-        kept = [record for record in records(path) if record["step"] <= done]
+        before = records(path) if done else []
+        kept = [record for record in before if record["step"] <= done and "size" not in record]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self.file = path.open("a", buffering=1)
         self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
@@ -172,10 +174,12 @@ class Report:
         self.progress.update(self.task, completed=done, status=status)
 
     def evaluated(self, done: int, validation: dict[str, dict[str, float]]) -> None:
-        self.flush(done)
         if self.active:
             self.write(done, validation=validation)
-            self.validation_loss = f"{validation['x']['loss']:.4f}"
+            loss = validation["x"]["loss"]
+            if not math.isfinite(loss) and math.isfinite(float(self.validation_loss)):
+                self.console.print(f"[red]{self.title}: at step {done} the loss is {loss}.[/]")
+            self.validation_loss = f"{loss:.4f}"
             self.show(done)
             if not self.console.is_terminal:
                 numbers = ", ".join(f"{k} {v:.4f}" for k, v in validation["x"].items())
@@ -189,8 +193,8 @@ class Report:
             self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.progress.stop()
         if hasattr(self, "file"):
+            self.progress.stop()
             self.file.close()
             self.board.close()
 
@@ -235,17 +239,20 @@ def table(runs: Mapping[str, History], steps: int, baseline: str | None = None) 
     complete = baseline in runs and runs[baseline].done == steps and len(runs) > 1
     goal = runs[baseline].last()["loss"] if complete else None
     metrics = sorted({name for run in runs.values() for name in run.last()}, reverse=True)
-    headings = ["steps", *metrics]
+    headings = ["evaluated\nat step", *metrics]
     if goal is not None:
         headings += ["reaches it\nat step", "steps\nsaved"]
     headings += ["seconds\na step", "state\n(MiB)", "step\n(MiB)"]
-    caption = "Loss (nats) on held-out data" + (f"; 'it' is {baseline}'s last." if goal else ".")
+    caption = "Loss (nats) on held-out data"
+    caption += "." if goal is None else f"; 'it' is {baseline}'s last."
     result = Table("", *headings, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     result.columns[0].no_wrap = True
     for column in result.columns[1:]:
         column.justify = "right"
     for name, run in runs.items():
-        for weights in run.validation:
+        for weights, evaluated in run.validation.items():
+            if evaluated[-1][0] != run.done:  # y, when it was asked for at first and later not
+                continue
             label = name if list(run.validation) == ["x"] else f"{name} at {weights}"
             cells = [f"{run.done}", *(f"{run.last(weights)[metric]:.4f}" for metric in metrics)]
             if goal is not None:
@@ -256,6 +263,12 @@ def table(runs: Mapping[str, History], steps: int, baseline: str | None = None) 
             cells += [f"{run.size.get('step_bytes', float('nan')) / 2**20:.0f}"]
             result.add_row(label, *cells)
     return result
+
+
+def stopped(done: int, resume: bool) -> str:
+    """How to go on."""
+    how = "the same command" if resume else "the same command without --no-resume"
+    return f"Stopped after step {done}; {how} goes on from there."
 
 
 def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -> None:
@@ -279,8 +292,9 @@ def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -
         axes.axhline(goal, color=COLOURS[list(runs).index(baseline)], linewidth=0.8, linestyle="--")
     # The first steps fall from ln(classes); what is compared happens near the end.
     highest = max(run.losses()[0][1] for run in runs.values())
-    axes.set_ylim(min(lowest) - 0.05 * (highest - min(lowest)), None)
-    axes.set_ylim(top=min(lowest) + 0.6 * (highest - min(lowest)))
+    height = highest - min(lowest)
+    if height > 0:
+        axes.set_ylim(min(lowest) - 0.05 * height, min(lowest) + 0.6 * height)
     axes.set(xlabel="Step", ylabel="Validation loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()

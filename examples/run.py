@@ -10,7 +10,7 @@ import jax
 from rich.console import Console
 
 from examples import optimizers, reporting
-from examples.command_line import check_run, parse, peek, to_store
+from examples.command_line import begin_anew, check_run, parse, peek, to_store
 from examples.reporting import History, Report
 from examples.training import Data, OneRun, train
 
@@ -20,9 +20,11 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
     config = parse_run(kind, program, arguments)
     config.distributed.start()
     console.quiet = jax.process_index() > 0
+    if not config.resume:
+        begin_anew(config.run, console)
     done = run(config, console)
     runs = {optimizers.label(config.optimizer): History.read(config.run)}
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and all(history.validation for history in runs.values()):
         reporting.plot(runs, config.run / "summary.png")
         console.print(reporting.table(runs, config.steps))
     console.print(
@@ -31,7 +33,7 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
         soft_wrap=True,
     )
     if done < config.steps:
-        console.print(f"Stopped after step {done}; the same command goes on from there.")
+        console.print(reporting.stopped(done, config.resume))
         return 130
     return 0
 
@@ -68,13 +70,14 @@ def run(config: OneRun, console: Console, data: Data | None = None) -> int:
     Raises:
       ValueError: if flags or data do not fit, before anything is compiled.
     """
-    check_run(config)
     if data is None:
         with console.status("Opening the data"):
             data = config.open_data()
         console.print(data.description, highlight=False, soft_wrap=True)
+    config = config.fitted(data)
+    check_run(config)
     check_files(config.run, data.files)
-    task = config.task(data)
+    task = config.task()
     report = Report(
         config.run,
         console,
@@ -103,5 +106,6 @@ def check_files(folder: Path, files: Mapping[str, Any]) -> None:
         if path.exists() and json.loads(path.read_text()) != content:
             raise ValueError(
                 f"{folder} holds a run that was begun with other data, as its {name} shows; give "
-                "that data to go on with it, or --no-resume to rename it and start anew."
+                "that data to go on with it, another --run, or --no-resume to rename it and start "
+                "anew."
             )

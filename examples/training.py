@@ -51,7 +51,7 @@ class Training:
     keep: int = 2
     """Checkpoints to keep, beside the best."""
     resume: bool = True
-    """Go on from the checkpoints in the run's folder, if there are any. Otherwise it is renamed."""
+    """Go on with what is in the folder. --no-resume renames it and starts anew."""
     log_every: int = 10
     """Updates from one line of metrics to the next."""
 
@@ -165,8 +165,8 @@ def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
         params = nnx.to_pure_dict(nnx.state(task.new_model(nnx.Rngs(init_key)), nnx.Param))
         return State(jnp.zeros((), jnp.int32), params, recipe.optimizer.init(params), train_key)
 
-    def mean_loss(params: optax.Params, part: Batch, key: jax.Array) -> jax.Array:
-        return task.metrics(nnx.merge(graph, params), part, key)["loss"].mean()
+    def mean_loss(params: optax.Params, rows: Batch, key: jax.Array) -> jax.Array:
+        return task.metrics(nnx.merge(graph, params), rows, key)["loss"].mean()
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
@@ -267,6 +267,7 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
     ):
         done = manager.latest_step() or 0
         if done == config.steps:
+            report.console.print(f"{report.title}: all {done} steps are done already.")
             return done
         if done:
             state = checkpoints.restore(manager, done, program.state, batches)
@@ -293,9 +294,10 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
             done += 1
             report.stepped(done, metrics, waited)
             if done % config.evaluate_every == 0 or done == config.steps:
+                report.flush(done)  # so that evaluating is no part of a step's time
                 values = evaluate()
-                report.evaluated(done, values)
                 checkpoints.save(manager, done, state, batches, values["x"]["loss"])
+                report.evaluated(done, values)
         if done != manager.latest_step():
             checkpoints.save(manager, done, state, batches, loss=None)
         manager.wait_until_finished()
@@ -306,7 +308,6 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
 def mean_metrics(program: Program, params: optax.Params, batches: Any) -> dict[str, float]:
     """Means over all validation examples."""
     totals: dict[str, Any] = {}
-    count = 0.0
     for batch in batches:
         batch = place(batch, program.mesh)
         sums = {**program.evaluate(params, batch), "count": jnp.sum(batch["mask"])}
@@ -332,6 +333,7 @@ def stop_requests(manager) -> Iterator[Callable[[int], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        print("\nStopping after this step; Ctrl-C again stops at once, without a checkpoint.")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

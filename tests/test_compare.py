@@ -21,7 +21,9 @@ from programs import on_devices, write_text
 from examples import compare, reporting
 from examples.command_line import run_command
 from examples.llama.__main__ import main as llama_main
+from examples.llama.train import TrainLlama
 from examples.reporting import History
+from examples.run import parse_run
 from examples.vit.__main__ import main as vit_main
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +94,8 @@ def test_ctrl_c_stops_a_comparison_and_the_same_command_ends_it(tmp_path, text):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
     assert "Traceback" not in out + err
-    assert "Stopped; the same command goes on from there." in out
+    assert "Stopped after step" in out
+    assert "the same command goes on from there." in out
     assert "No comparison" in out
     stopped = History.read(tmp_path / "out" / "adamw").train_loss[-1][0]
     assert 0 < stopped < 400
@@ -209,15 +212,46 @@ def test_bad_flags_end_in_one_sentence(tmp_path, text, workload, flags, says, ca
 def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, text, capsys):
     arguments = ["--run", tmp_path / "run", "--batch-size", "12", *text]  # here are 8 devices
     assert run_command(llama_main, list(map(str, arguments))) == 2
-    assert "must be a multiple of the 8 devices, got 12 / 1" in capsys.readouterr().out
+    assert "must be a multiple of the 8 devices, got 12 / 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["gpt"], ["--steps", "3"]])
 def test_a_comparison_needs_to_know_of_what(arguments, capsys):
     assert run_command(compare.main, arguments) == 2
-    assert "Say what to train: python -m examples.compare llama, or vit" in capsys.readouterr().out
+    assert "Say what to train: python -m examples.compare llama, or vit" in capsys.readouterr().err
 
 
 def test_a_line_that_a_crash_cut_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 2, "a')
     assert reporting.records(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2}]
+
+
+def test_the_last_of_repeated_flags_decides_the_defaults():
+    arguments = ["--optimizer", "gpa-adamw", "--optimizer=lion"]
+    config = parse_run(TrainLlama, "test", arguments)
+    assert config.optimizer == "lion"
+    assert config.settings == TrainLlama.preset_settings("tiny", "lion")
+
+
+def test_a_comparison_is_known_again_by_what_decides_its_numbers():
+    def folder(*arguments):
+        return compare.parse_comparison("llama", arguments).out
+
+    same = folder("--optimizers", "adamw", "lion")
+    assert same == folder("--optimizers", "adamw", "lion", "--keep", "9", "--data.cache", "c")
+    assert same == folder("--optimizers=adamw", "--optimizers", "adamw", "lion", "--no-resume")
+    assert same != folder("--optimizers", "adamw", "lion", "--validation-examples", "3")
+    assert same != folder("--optimizers", "adamw", "lion", "--lion.learning-rate", "1")
+
+
+def test_a_table_shows_what_was_evaluated_at_the_last_step():
+    run = history([(0, 5.0), (4, 3.0)])
+    run.validation["y"] = [(0, {"loss": 5.0})]
+    run.seconds = [1.0]
+    table = reporting.table({"GPA": run}, steps=4)
+    assert list(table.columns[0].cells) == ["GPA at x"]
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert run_command(llama_main, ["smaple", "run"]) == 2
+    assert "There is no command smaple; there are export" in capsys.readouterr().err

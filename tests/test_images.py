@@ -469,12 +469,17 @@ def test_an_unreadable_image_is_named_when_its_turn_comes(tmp_path, suffix, imag
         ({"held_out": 0.0}, "--data.held-out must be between 0 and 1, got 0.0"),
         ({"held_out": 1.0}, "--data.held-out must be between 0 and 1, got 1.0"),
         ({"held_out": 0.999}, "--data.held-out 0.999 of 1797 images leaves none to train on"),
-        ({"source": "hf:/nowhere"}, "Cannot load --data.source hf:/nowhere: "),
     ],
 )
 def test_bad_flags_end_in_one_sentence(flags, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         ImageData(**flags).prepare()
+
+
+def test_a_hub_data_set_that_is_not_there_ends_in_one_sentence():
+    pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="Cannot load --data.source hf:/nowhere: "):
+        ImageData("hf:/nowhere").prepare()
 
 
 @pytest.mark.parametrize(

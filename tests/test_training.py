@@ -1,6 +1,7 @@
 """The trainer: what it stores it finds again, wherever and however it goes on."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -21,9 +22,10 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
 from programs import SMALL, built, llama, on_devices, train
+from rich.console import Console
 
 from examples import checkpoints, optimizers
-from examples.command_line import from_json, to_json
+from examples.command_line import begin_anew, from_json, to_json
 from examples.llama.data import TextData
 from examples.llama.train import TrainLlama
 from examples.optimizers import Settings
@@ -143,6 +145,11 @@ def test_the_last_checkpoints_are_kept_and_the_best(tmp_path, monkeypatch):
     assert sorted(int(p.name) for p in (config.run / "checkpoints").iterdir()) == [8, 20, 24]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best():
+    losses = [2.5, float("nan"), 3.0, float("inf")]
+    assert max(losses, key=lambda loss: checkpoints.quality({"loss": loss})) == 2.5
+
+
 def test_another_number_of_processes_is_refused(tmp_path):
     config = llama(tmp_path)
     train(config)
@@ -161,7 +168,10 @@ def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
     faster = dataclasses.replace(config.settings, learning_rate=1.0)
     with pytest.raises(ValueError, match=r"begun with --learning-rate 0.016, not 1.0"):
         train(dataclasses.replace(config, settings=faster))
-    train(dataclasses.replace(config, settings=faster, resume=False))
+    out = io.StringIO()
+    begin_anew(config.run, Console(file=out, width=500))  # as --no-resume does
+    assert f"{config.run} is {config.run}.1 now." in out.getvalue()
+    train(dataclasses.replace(config, settings=faster))
     assert History.read(tmp_path / "run.1").done == History.read(config.run).done == 12
     # What does not change the result may change.
     train(dataclasses.replace(config, settings=faster, keep=5, log_every=3))

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
             return sample(rest, console)
         case ["plan", *rest]:
             return plan(TrainLlama, PROGRAM, rest, console)
+        case [name, *_] if not name.startswith("-"):
+            raise ValueError(f"There is no command {name}; there are export, sample and plan.")
         case rest:
             return train_command(TrainLlama, PROGRAM, rest, console)
 

@@ -188,7 +188,8 @@ class Text:
         process_count: int,
         length: int,
     ) -> "Validation":
-        """`count` sequences (None: all; fewer if there are fewer) from all over the held-out text.
+        """`count` sequences (None: all; fewer if there are fewer), spread evenly over the first
+        million tokens of the held-out text, or over all of it if it is shorter.
 
         They do not depend on the seed of the training or on the number of processes.
         """

@@ -130,7 +130,7 @@ class _DocumentsIterator(grain.DatasetIterator):
             raise ValueError(
                 "The place in the data that the checkpoint holds is one in another text, or for "
                 "another --seed, --data.readers or number of processes: continue with those, or "
-                "start anew in another --out."
+                "start anew in another --run."
             )
         self._place = state["place"]
         self._walk = self._documents.walk(**self._place)

@@ -3,6 +3,7 @@ they belong to. The corpus is not needed."""
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -85,7 +86,11 @@ def choose(folder: Path, steps: Sequence[int], checkpoint: Checkpoint) -> int:
     if checkpoint == "latest":
         return max(steps)
     if checkpoint == "best":
-        losses = {step: loss for step, loss in History.read(folder).losses() if step in steps}
+        losses = {
+            step: loss
+            for step, loss in History.read(folder).losses()
+            if step in steps and math.isfinite(loss)
+        }
         if not losses:
             raise ValueError(
                 f"--checkpoint best: no checkpoint in {folder} was evaluated; give latest."

@@ -1,7 +1,7 @@
 """The Llama workload: its configuration, presets and loss."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,10 @@ class LlamaFlags(Training):
     def open_data(self) -> Text:
         return self.data.prepare(self.model.vocab_size)
 
-    def task(self, data: Text | None = None) -> Task:
+    def fitted(self, data: Text) -> Self:
+        return self
+
+    def task(self) -> Task:
         return Task(
             lambda rngs: Llama(self.model, rngs),
             next_token,
@@ -85,10 +88,19 @@ class TrainLlama(OneRun, LlamaFlags):
 RUNS = {
     "tiny": {"steps": 1000, "batch_size": 40, "length": 64},
     "15m": {"steps": 5000, "batch_size": 32, "length": 256},
-    "160m": {"steps": 20_000, "batch_size": 256, "length": 2048, "validation_examples": 2048},
-    "1b": {"steps": 50_000, "batch_size": 512, "length": 4096, "validation_examples": 2048},
-    "8b": {"steps": 100_000, "batch_size": 512, "length": 8192, "validation_examples": 2048},
-}
+    "160m": {
+        "steps": 20_000, "batch_size": 256, "length": 2048, "validation_examples": 2048,
+        "evaluate_every": 1000,
+    },
+    "1b": {
+        "steps": 50_000, "batch_size": 512, "length": 4096, "validation_examples": 2048,
+        "evaluate_every": 1000,
+    },
+    "8b": {
+        "steps": 100_000, "batch_size": 512, "length": 8192, "validation_examples": 2048,
+        "evaluate_every": 1000,
+    },
+}  # fmt: skip
 # Peak learning rates for AdamW. tiny's was tuned (examples/README.md); 8b's is that of Llama 3
 # (arXiv 2407.21783, table 3); the others lie between and are where a search would start.
 LEARNING_RATES = {"tiny": 1.6e-2, "15m": 2e-3, "160m": 1e-3, "1b": 5e-4, "8b": 3e-4}

@@ -17,6 +17,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
     match list(arguments):
         case ["plan", *rest]:
             return plan(TrainViT, PROGRAM, rest, console)
+        case [name, *_] if not name.startswith("-"):
+            raise ValueError(f"There is no command {name}; there is plan.")
         case rest:
             return train_command(TrainViT, PROGRAM, rest, console)
 

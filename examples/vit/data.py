@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import gzip
+import hashlib
 import io
 import math
 import os
@@ -219,8 +220,21 @@ class Images:
 
     @property
     def files(self) -> dict[str, Any]:
-        """What a run stores with its weights: classes.json, the names of the classes if known."""
-        return {"classes.json": list(self.class_names)} if self.class_names else {}
+        """What a run stores with its weights: the classes, and by what to know the images again."""
+        parts = (self.train_part, self.validation_part)
+        labels = [
+            part.examples.labels if part.rows is None else part.examples.labels[part.rows]
+            for part in parts
+        ]
+        digest = hashlib.sha256(np.concatenate(labels).astype(np.int32).tobytes()).hexdigest()
+        return {
+            "images.json": {
+                "classes": self.class_names and list(self.class_names),
+                "train": len(labels[0]),
+                "validation": len(labels[1]),
+                "labels": digest[:16],
+            }
+        }
 
     @property
     def description(self) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -44,22 +44,8 @@ class ViTFlags(Training):
     def open_data(self) -> Images:
         return self.data.prepare()
 
-    def task(self, data: Images | None = None) -> Task:
-        model = self.model if data is None else self.fitted(data)
-        size, channels = model.image_size, model.channels
-        return Task(
-            lambda rngs: ViT(model, rngs),
-            partial(class_loss, label_smoothing=self.label_smoothing),
-            {
-                "image": jax.ShapeDtypeStruct((size, size, channels), jnp.float32),
-                "label": jax.ShapeDtypeStruct((), jnp.int32),
-            },
-            "images",
-            1,
-        )
-
-    def fitted(self, images: Images) -> ViTConfig:
-        """The model for these images: the preset `tiny` takes their size, the others demand theirs.
+    def fitted(self, images: Images) -> Self:
+        """With the model for these images: `tiny` takes their size, the others demand their own.
 
         Raises:
           ValueError: if the model is not for such images.
@@ -68,7 +54,8 @@ class ViTFlags(Training):
         shape = {"image_size": height, "channels": channels, "classes": images.classes}
         if self.preset == "tiny" and height == width:
             patch = self.model.patch if height // self.model.patch <= 8 else height // 7
-            return dataclasses.replace(self.model, **shape, patch=patch)
+            model = dataclasses.replace(self.model, **shape, patch=patch)
+            return dataclasses.replace(self, model=model)
         wanted = {name: getattr(self.model, name) for name in shape}
         if wanted != shape or height != width:
             size = wanted["image_size"]
@@ -78,7 +65,20 @@ class ViTFlags(Training):
                 f"{wanted['channels']} in {wanted['classes']}; set --data.image-size, "
                 "--model.image-size, --model.channels and --model.classes."
             )
-        return self.model
+        return self
+
+    def task(self) -> Task:
+        size, channels = self.model.image_size, self.model.channels
+        return Task(
+            lambda rngs: ViT(self.model, rngs),
+            partial(class_loss, label_smoothing=self.label_smoothing),
+            {
+                "image": jax.ShapeDtypeStruct((size, size, channels), jnp.float32),
+                "label": jax.ShapeDtypeStruct((), jnp.int32),
+            },
+            "images",
+            1,
+        )
 
     @staticmethod
     def preset_values(preset: Preset) -> dict[str, Any]:

@@ -290,6 +290,10 @@ def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -
     if baseline in runs and len(runs) > 1:
         goal = runs[baseline].last()["loss"]
         axes.axhline(goal, color=COLOURS[list(runs).index(baseline)], linewidth=0.8, linestyle="--")
+        for (name, run), colour in zip(runs.items(), COLOURS * 3, strict=False):
+            step = first_step_at(run.losses(), goal)
+            if step is not None and name != baseline:
+                axes.plot([step], [goal], "o", color=colour)
     # The first steps fall from ln(classes); what is compared happens near the end.
     highest = max(run.losses()[0][1] for run in runs.values())
     height = highest - min(lowest)

@@ -478,7 +478,7 @@ def test_bad_flags_end_in_one_sentence(flags, says):
 
 def test_a_hub_data_set_that_is_not_there_ends_in_one_sentence():
     pytest.importorskip("datasets")
-    with pytest.raises(ValueError, match="Cannot load --data.source hf:/nowhere: "):
+    with pytest.raises(ValueError, match=r"Cannot load --data\.source hf:/nowhere: "):
         ImageData("hf:/nowhere").prepare()
 
 

@@ -280,7 +280,7 @@ def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -
     lowest = []
     for (name, run), colour in zip(runs.items(), COLOURS * 3, strict=False):
         if len(runs) == 1 and run.train_loss:
-            axes.plot(*zip(*run.train_loss, strict=True), color="0.75", label="training, at y")
+            axes.plot(*zip(*run.train_loss, strict=True), color="0.75", label="training")
         for weights in run.validation:
             line = "-" if weights == "x" else ":"
             label = name if list(run.validation) == ["x"] else f"{name} at {weights}"
@@ -299,7 +299,7 @@ def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -
     height = highest - min(lowest)
     if height > 0:
         axes.set_ylim(min(lowest) - 0.05 * height, min(lowest) + 0.6 * height)
-    axes.set(xlabel="Step", ylabel="Validation loss (nats)")
+    axes.set(xlabel="Step", ylabel="Loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tokenizers")
+pytest.importorskip("tyro")
 from rich.console import Console
 
 from examples import sharding, training

@@ -296,12 +296,12 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
             if done % config.evaluate_every == 0 or done == config.steps:
                 report.flush(done)  # so that evaluating is no part of a step's time
                 values = evaluate()
+                report.evaluated(done, values)  # before a checkpoint says that it need not be again
                 checkpoints.save(manager, done, state, batches, values["x"]["loss"])
-                report.evaluated(done, values)
+        report.flush(done)
         if done != manager.latest_step():
             checkpoints.save(manager, done, state, batches, loss=None)
         manager.wait_until_finished()
-        report.flush(done)
     return done
 
 

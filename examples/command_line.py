@@ -2,6 +2,7 @@
 configuration that is stored with a run and read back."""
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.metadata
 import itertools
@@ -73,9 +74,24 @@ def peek(arguments: Sequence[str], flag: str, default: str) -> str:
     return default
 
 
+def keep_memory() -> None:
+    """Has the memory of a step kept for the next one.
+
+    glibc gives large blocks back to the system, which clears them again when they are next used:
+    a quarter to a half of the time of a small model on a CPU (benchmarks/README.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, 1)  # M_ARENA_MAX: the limits below are those of the one arena
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        mallopt(-2, 2**26)  # M_TOP_PAD, in bytes
+
+
 def run_command(command: Callable[[Sequence[str], Console], int], arguments=None) -> int:
     """Runs a command; what the user can put right ends in one sentence and exit status 2."""
     console = Console()
+    keep_memory()
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
     except (ValueError, OSError) as error:

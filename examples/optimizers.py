@@ -36,12 +36,14 @@ class Settings:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """After the warmup: a cosine or a line to 0, constant and then a line to 0 (warmup, stable,
+    """After the warmup: a cosine or a line down, constant and then a line down (warmup, stable,
     decay), or constant."""
     warmup: float = 0.05
     """Part of the run in which the learning rate grows from 0 to its peak."""
     decay: float = 0.2
     """Part of the run in which wsd decays."""
+    final: float = 0.0
+    """Learning rate at the end, as a part of the peak; of no effect on constant."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices, multiplied by the learning rate."""
     clip: float = 1.0
@@ -52,11 +54,17 @@ class Settings:
     """AdamW: decay of the second moment. Lion: decay of the momentum that is kept."""
     mu_y: float = 0.9
     """GPA: how far gradients are taken from z towards x. Schedule-Free calls it beta."""
+    mu_y_warmup: float = 0.0
+    """GPA: part of the run in which mu_y grows from 0."""
     mu_x: float | None = None
-    """GPA, EMA: decay of the average, as a constant. Without it the window is used."""
+    """GPA, EMA: decay of the average. Default: that of the window."""
     window: float = 0.05
-    """GPA, EMA: steps that the average remembers, as a part of the run; shrinks with the learning
-    rate (averaging.annealed)."""
+    """GPA, EMA: steps that the average remembers, as a part of the run."""
+    average: Literal["annealed", "warmed-up", "constant", "uniform"] = "annealed"
+    """GPA, EMA: whether the window shrinks with the learning rate, starts as a uniform average, is
+    always the same, or is all of the run (gpa_optax.averaging)."""
+    base_params: Literal["z", "y"] = "z"
+    """GPA: where weight decay acts."""
     sync_period: int = 32
     """DiLoCo: inner steps between two outer steps."""
     outer_learning_rate: float = 0.7
@@ -68,7 +76,7 @@ class Settings:
         for name in ("learning_rate", "clip", "window"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
-        for name in ("warmup", "b1", "b2", "mu_y"):
+        for name in ("warmup", "final", "b1", "b2", "mu_y", "mu_y_warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}.")
         if self.schedule == "wsd" and not 0 < self.decay <= 1 - self.warmup:
@@ -128,7 +136,10 @@ def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
     evaluated = eval_params
     if method in ("gpa", "ema"):
         mu_y = settings.mu_y if method == "gpa" else 0.0
-        optimizer = gpa(optimizer, window(settings, learning_rate, steps), mu_y)
+        if settings.mu_y_warmup > 0:
+            mu_y = optax.linear_schedule(0.0, mu_y, round(settings.mu_y_warmup * steps))
+        mu_x = average(settings, learning_rate, steps)
+        optimizer = gpa(optimizer, mu_x, mu_y, base_params=settings.base_params)
     elif method == "schedule-free":
         optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings.mu_y)
 
@@ -181,27 +192,33 @@ def base_optimizer(
 
 def schedule(settings: Settings, steps: int) -> optax.Schedule:
     """The learning rate as a function of the updates made."""
-    peak, warmup = settings.learning_rate, round(settings.warmup * steps)
+    peak, final = settings.learning_rate, settings.final * settings.learning_rate
+    warmup = round(settings.warmup * steps)
     rest, decay = max(1, steps - warmup), max(1, round(settings.decay * steps))
     after = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, settings.final),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
         "constant": lambda: optax.constant_schedule(peak),
-        "wsd": lambda: optax.linear_schedule(peak, 0.0, decay, rest - decay),
+        "wsd": lambda: optax.linear_schedule(peak, final, decay, rest - decay),
     }[settings.schedule]()
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def window(
+def average(
     settings: Settings, learning_rate: optax.Schedule, steps: int
 ) -> float | averaging.AveragingSchedule:
-    """mu_x: the given constant, or a window that follows the learning rate."""
-    if settings.mu_x is not None:
-        return settings.mu_x
-    mu_x = averaging.from_horizon(max(1.0, settings.window * steps))
-    return averaging.annealed(mu_x, learning_rate, peak=settings.learning_rate)
+    """mu_x, as a constant or a schedule."""
+    mu_x = settings.mu_x
+    if mu_x is None:
+        mu_x = averaging.from_horizon(max(1.0, settings.window * steps))
+    return {
+        "annealed": lambda: averaging.annealed(mu_x, learning_rate, settings.learning_rate),
+        "warmed-up": lambda: averaging.warmed_up(mu_x),
+        "constant": lambda: mu_x,
+        "uniform": averaging.uniform,
+    }[settings.average]()
 
 
 def name_of(path: jax.tree_util.KeyPath) -> list[str]:

@@ -1,0 +1,411 @@
+"""How many steps does an optimizer need to reach the loss at which well-tuned AdamW ends?
+
+python -m benchmarks.steps_to_target                     # goes on with all studies, for hours
+python -m benchmarks.steps_to_target finals --workloads text
+python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
+
+The protocol, which was written down before the runs:
+
+* **Workloads.** `text`: a Llama of 0.125M parameters on Python's standard library, 1,000 steps of
+  32 sequences of 64 tokens. `images`: a ViT of 0.09M parameters on Fashion-MNIST, 1,500 steps of 64
+  images. `images-large`: the same ViT, 200 steps of 1,024 images.
+* **Trials.** Each optimizer has eight on one seed: four learning rates; a fifth one, between the
+  best and its better neighbour, or beyond the best if that is the largest or smallest; and at the
+  best learning rate the other weight decay, the other value of the optimizer's own knob, and both.
+  The trial with the lowest loss at the end is the optimizer's setting. A base optimizer (AdamW,
+  Muon) has three more: at that setting with a cosine to 10 %, with a line to 0, and constant and
+  then a line to 0.
+* **Finals.** Each optimizer at its setting on fresh seeds. A seed decides the initialization and
+  the order of the data, so that the runs of one seed are pairs.
+* **Steps to the target.** The target is the loss at the end of the baseline's run with the same
+  seed. As in the paper: the first step at which the run is at the target, interpolated between
+  evaluations; a run that never is there counts as one that needed all steps. The strict reading:
+  the shortest run, with its whole schedule, that ends at the target, interpolated between runs of
+  70, 80, 90 and 100 % of the steps.
+* **Statistics.** Means over seeds, 95 % intervals of Student's t, two-sided paired t-tests.
+
+Each run is stored in benchmarks/results/runs as it ends and is made once: a study that is stopped
+goes on where it was. `python -m benchmarks.report` makes the tables and figures.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from benchmarks.runs import Result, Store, execute
+from examples.llama.model import LlamaConfig
+from examples.llama.train import TrainLlama
+from examples.optimizers import Name, Settings, label, split
+from examples.training import OneRun
+from examples.vit.data import ImageData
+from examples.vit.model import ViTConfig
+from examples.vit.train import TrainViT
+
+RESULTS = Path(__file__).parent / "results" / "runs"
+TRIAL_SEED = 1000
+SEEDS = tuple(range(8))
+SHORTER = (0.7, 0.8, 0.9)
+WEIGHT_DECAYS = (0.1, 0.3)
+# The four schedules of a base optimizer; the first is the one of all other trials.
+SCHEDULES = (
+    {"schedule": "cosine"},
+    {"schedule": "cosine", "final": 0.1},
+    {"schedule": "linear"},
+    {"schedule": "wsd"},
+)
+
+
+class Method(NamedTuple):
+    """What an optimizer's trials start from, and the other value of its own knob."""
+
+    start: Settings
+    other: dict[str, Any]
+
+
+class Workload(NamedTuple):
+    """What is trained, for how long, and which learning rates are tried."""
+
+    config: OneRun
+    learning_rates: tuple[float, ...]
+    optimizers: tuple[Name, ...]
+
+
+ADAMW = ("adamw", "gpa-adamw", "schedule-free-adamw", "diloco-adamw", "ema-adamw")
+SMALL_VIT = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
+IMAGES = TrainViT(
+    steps=1500,
+    batch_size=64,
+    validation_examples=2000,
+    data=ImageData("fashion-mnist"),
+    model=SMALL_VIT,
+)
+WORKLOADS = {
+    "text": Workload(
+        TrainLlama(
+            steps=1000,
+            batch_size=32,
+            length=64,
+            validation_examples=512,
+            model=LlamaConfig(512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2),
+        ),
+        (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        (*ADAMW, "muon", "gpa-muon"),
+    ),
+    "images": Workload(IMAGES, (2e-3, 4e-3, 8e-3, 1.6e-2), ADAMW),
+    "images-large": Workload(
+        dataclasses.replace(IMAGES, steps=200, batch_size=1024),
+        (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+        ADAMW,
+    ),
+}
+
+# Learning rates are set by each trial. Schedule-Free has no schedule, and its base no momentum, as
+# in its authors' code. The EMA is the plain one, which does not know the learning rate.
+METHODS = {
+    "": Method(Settings(warmup=0.1), {"warmup": 0.2}),
+    "gpa": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, window=0.05), {"window": 0.1}),
+    "schedule-free": Method(
+        Settings(warmup=0.1, b1=0.0, mu_y=0.9, schedule="constant"), {"mu_y": 0.95}
+    ),
+    "diloco": Method(
+        Settings(warmup=0.1, sync_period=16, outer_learning_rate=0.7), {"outer_learning_rate": 0.4}
+    ),
+    "ema": Method(Settings(warmup=0.1, window=0.02, average="warmed-up"), {"window": 0.05}),
+}
+
+# A study yields the runs that it needs next, goes on when the store has them, and returns what it
+# is about.
+Study = Generator[list[OneRun], None, Any]
+
+
+def start(name: Name) -> Settings:
+    return METHODS[split(name)[0]].start
+
+
+def config(workload: str, name: Name, settings: Settings, seed: int, length: float = 1.0) -> OneRun:
+    whole = WORKLOADS[workload].config
+    return dataclasses.replace(
+        whole,
+        optimizer=name,
+        settings=settings,
+        seed=seed,
+        steps=round(length * whole.steps),
+    )
+
+
+def together(studies: Mapping[Any, Study]) -> Study:
+    """Runs studies side by side; returns what they return."""
+    returned, asked = {}, {}
+
+    def advance(name):
+        try:
+            asked[name] = next(studies[name])
+        except StopIteration as stop:
+            asked.pop(name, None)
+            returned[name] = stop.value
+
+    for name in studies:
+        advance(name)
+    while asked:
+        yield [config for configs in asked.values() for config in configs]
+        for name in list(asked):
+            advance(name)
+    return returned
+
+
+def trials(workload: str, name: Name, store: Store) -> Study:
+    """Tunes an optimizer; returns its trials, of which the first is the best."""
+    method, tried = METHODS[split(name)[0]], []
+
+    def attempt(*changes: dict[str, Any]) -> Study:
+        base = tried[0].settings if tried else method.start
+        configs = [
+            config(workload, name, dataclasses.replace(base, **change), TRIAL_SEED)
+            for change in changes
+        ]
+        yield configs
+        tried.extend(configs)
+        tried.sort(key=lambda config: store[config].loss)
+
+    grid = WORKLOADS[workload].learning_rates
+    yield from attempt(*({"learning_rate": rate} for rate in grid))
+    best = tried[0].settings.learning_rate
+    at = grid.index(best)
+    if at in (0, len(grid) - 1):
+        between = best * best / grid[1 if at == 0 else -2]
+    else:
+        neighbours = {trial.settings.learning_rate: store[trial].loss for trial in tried}
+        better = min(grid[at - 1], grid[at + 1], key=neighbours.__getitem__)
+        between = (best * better) ** 0.5
+    yield from attempt({"learning_rate": between})
+    decay = {"weight_decay": WEIGHT_DECAYS[1]}
+    yield from attempt(decay, method.other, decay | method.other)
+    if split(name)[0] == "":
+        yield from attempt(*SCHEDULES[1:])
+    return tried
+
+
+def finals(workload: str, store: Store, seeds: Sequence[int]) -> Study:
+    """Each optimizer at its setting, on fresh seeds."""
+    names = WORKLOADS[workload].optimizers
+    tuned = yield from together({name: trials(workload, name, store) for name in names})
+    configs = {
+        name: [config(workload, name, tuned[name][0].settings, seed) for seed in seeds]
+        for name in names
+    }
+    yield sorted((run for runs in configs.values() for run in runs), key=lambda run: run.seed)
+    return configs
+
+
+def shorter(workload: str, store: Store, seeds: Sequence[int]) -> Study:
+    """Shorter runs, with their whole schedules, of the challengers that reach the target at all."""
+    whole = yield from finals(workload, store, seeds)
+
+    def mean_loss(name: Name) -> float:
+        return np.mean([store[run].loss for run in whole[name]])
+
+    configs = {
+        name: [
+            [config(workload, name, run.settings, run.seed, length) for length in SHORTER]
+            for run in runs
+        ]
+        for name, runs in whole.items()
+        if split(name)[0] and mean_loss(name) < mean_loss(split(name)[1])
+    }
+    yield [run for runs in configs.values() for lengths in runs for run in lengths]
+    return whole, configs
+
+
+def settled(study: Study, store: Store) -> Any:
+    """What a study returns, from the runs that are stored; None if it still needs some."""
+    while True:
+        try:
+            if any(config not in store for config in next(study)):
+                return None
+        except StopIteration as stop:
+            return stop.value
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+    p: float
+    """Of a mean of 0, in a two-sided t-test."""
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Estimate(float(np.mean(values)), float(low), float(high), float(test.pvalue))
+
+
+def first_passage(result: Result, target: float) -> float | None:
+    """The first step at which a run is at the target, interpolated between two evaluations."""
+    before = None
+    for now in zip(result.curve["step"], result.curve["loss"], strict=True):
+        if now[1] <= target:
+            return now[0] if before is None else crossing(before, now, target)
+        before = now
+    return None
+
+
+def crossing(before: tuple[float, float], now: tuple[float, float], target: float) -> float:
+    """Where the line through two points (position, loss) is at the target."""
+    (position, loss), (next_position, next_loss) = before, now
+    return position + (next_position - position) * (loss - target) / (loss - next_loss)
+
+
+def saved_as_in_the_paper(result: Result, target: float) -> float:
+    step = first_passage(result, target)
+    return 0.0 if step is None else 1 - step / result.config.steps
+
+
+def saved_strictly(results: Sequence[Result], whole: Result, target: float) -> float:
+    """Of runs of growing length, how much shorter than the whole one it may be: at most as much as
+    the shortest that was made, and 0 if the whole one does not end at the target."""
+    points = [(result.config.steps, result.loss) for result in (*results, whole)]
+    if whole.loss > target:
+        return 0.0
+    needed = points[-1][0]
+    for before, now in reversed(list(itertools.pairwise(points))):
+        if before[1] > target:
+            needed = crossing(before, now, target)
+            break
+        needed = before[0]
+    return 1 - needed / whole.config.steps
+
+
+class Row(NamedTuple):
+    """What an optimizer did on a workload."""
+
+    name: Name
+    settings: Settings
+    losses: list[float]
+    """At the end, one of each seed."""
+    difference: Estimate
+    """Of these and the baseline's."""
+    reached: int
+    """Seeds with which it was at the target at some step."""
+    saved: Estimate
+    """Part of the steps that it saved, as in the paper."""
+    saved_strictly: Estimate | None
+    """The same by shorter runs; None if they were not made."""
+
+
+def rows(workload: str, store: Store, seeds: Sequence[int]) -> list[Row]:
+    """The outcome on a workload, the baseline of each base first; empty while runs are missing."""
+    whole = settled(finals(workload, store, seeds), store)
+    if whole is None:
+        return []
+    _, short = settled(shorter(workload, store, seeds), store) or (None, {})
+    found = []
+    for name, runs in whole.items():
+        results = [store[run] for run in runs]
+        targets = [store[run].loss for run in whole[split(name)[1]]]
+        pairs = list(zip(results, targets, strict=True))
+        strict = [
+            saved_strictly([store[run] for run in lengths], result, target)
+            for lengths, (result, target) in zip(short.get(name, []), pairs, strict=False)
+        ]
+        found.append(
+            Row(
+                name,
+                runs[0].settings,
+                [result.loss for result in results],
+                estimate([result.loss - target for result, target in pairs]),
+                sum(first_passage(result, target) is not None for result, target in pairs),
+                estimate([saved_as_in_the_paper(result, target) for result, target in pairs]),
+                estimate(strict) if strict else None,
+            )
+        )
+    return found
+
+
+HEADINGS = (
+    "",
+    "loss at the end",
+    "against the baseline",
+    "p",
+    "steps saved",
+    "steps saved, strictly",
+)
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    loss = f"{np.mean(row.losses):.4f} ± {np.std(row.losses, ddof=1):.4f}"
+    if not split(row.name)[0]:
+        return [label(row.name), loss, "", "", "", ""]
+    return [
+        label(row.name),
+        loss,
+        f"{row.difference.mean:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})",
+        f"{row.difference.p:.1g}",
+        percent(row.saved) if row.reached else "never there",
+        percent(row.saved_strictly) if row.saved_strictly else "",
+    ]
+
+
+def percent(saved: Estimate) -> str:
+    return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%})"
+
+
+def table(workload: str, rows: Sequence[Row]) -> Table | str:
+    if not rows:
+        return f"{workload}: not all runs are there yet."
+    result = Table(*HEADINGS, title=f"{workload}, {len(rows[0].losses)} seeds", box=box.SIMPLE_HEAD)
+    for row in rows:
+        result.add_row(*cells(row))
+    return result
+
+
+STUDIES = {"finals": finals, "shorter": shorter}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Goes on with studies where they were, and prints what they say so far."""
+
+    studies: Annotated[tuple[Literal["finals", "shorter"], ...], tyro.conf.Positional] = (
+        "finals",
+        "shorter",
+    )
+    """finals: tuning, then all optimizers on fresh seeds. shorter: the strict reading."""
+    workloads: tuple[Literal["text", "images", "images-large"], ...] = tuple(WORKLOADS)
+    """What to train."""
+    seeds: int = len(SEEDS)
+    """Fresh seeds; more of them go on with what is there."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Runs at a time, each on a core of its own."""
+    results: Path = RESULTS
+    """Folder of the runs."""
+
+
+def main() -> int:
+    flags = tyro.cli(Config, prog="python -m benchmarks.steps_to_target", description=__doc__)
+    console, store = Console(), Store(flags.results)
+    for workload in flags.workloads:
+        for name in flags.studies:
+            for configs in STUDIES[name](workload, store, range(flags.seeds)):
+                execute(configs, store, flags.workers, console)
+        console.print(table(workload, rows(workload, store, range(flags.seeds))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 #
 #   make demo    trains a small Llama with AdamW and with GPA, and compares them
 #   make test    runs the tests
+#   make bench   runs the short form of every benchmark
 #   make lint    checks style and types
 #   make build   builds the wheel and sdist, and tries each in an empty environment
 
@@ -10,13 +11,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint build clean
+.PHONY: demo test bench lint build clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
 
 test: $(VENV)/examples,test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks.steps_to_target --quick
+	$(BIN)/python -m benchmarks.convex --quick
+	$(BIN)/python -m benchmarks.update_cost --quick
+	$(BIN)/python -m benchmarks.compiled_cost --quick
+	$(BIN)/python -m benchmarks.train_step --quick
+	$(BIN)/python -m benchmarks.report --check
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,47 @@ def told(config: OneRun, record: Mapping[str, Any]) -> str:
         f"{config.steps} steps of {config.batch_size}: {record['curve']['loss'][-1]:.4f} in "
         f"{record['cpu_seconds']:.0f} s"
     )
+
+
+# A study yields the runs that it needs next, goes on when the store has them, and returns what it
+# is about.
+Study = Generator[list[OneRun], None, Any]
+
+
+def together(studies: Mapping[Any, Study]) -> Study:
+    """Runs studies side by side; returns what they return."""
+    returned, asked = {}, {}
+
+    def advance(name):
+        try:
+            asked[name] = next(studies[name])
+        except StopIteration as stop:
+            asked.pop(name, None)
+            returned[name] = stop.value
+
+    for name in studies:
+        advance(name)
+    while asked:
+        yield [config for configs in asked.values() for config in configs]
+        for name in list(asked):
+            advance(name)
+    return returned
+
+
+def pursue(study: Study, store: Store, workers: int, console: Console) -> None:
+    """Makes all runs of a study that are missing."""
+    for configs in study:
+        execute(configs, store, workers, console)
+
+
+def settled(study: Study, store: Store) -> Any:
+    """What a study returns, from the runs that are stored; None if it still needs some."""
+    while True:
+        try:
+            if any(config not in store for config in next(study)):
+                return None
+        except StopIteration as stop:
+            return stop.value
 
 
 def take_core(cores: Any) -> None:

@@ -32,7 +32,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from benchmarks.runs import Result, Store, execute
+from benchmarks.runs import Result, Store, Study, execute, pursue, settled, together
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
 from examples.optimizers import Name, Settings, label, split
@@ -54,7 +54,7 @@ from examples.vit.train import TrainViT
 
 RESULTS = Path(__file__).parent / "results" / "runs"
 TRIAL_SEED = 1000
-SEEDS = tuple(range(8))
+SEEDS = range(6)
 SHORTER = (0.7, 0.8, 0.9)
 WEIGHT_DECAYS = (0.1, 0.3)
 # The four schedules of a base optimizer; the first is the one of all other trials.
@@ -124,10 +124,6 @@ METHODS = {
     "ema": Method(Settings(warmup=0.1, window=0.02, average="warmed-up"), {"window": 0.05}),
 }
 
-# A study yields the runs that it needs next, goes on when the store has them, and returns what it
-# is about.
-Study = Generator[list[OneRun], None, Any]
-
 
 def start(name: Name) -> Settings:
     return METHODS[split(name)[0]].start
@@ -142,26 +138,6 @@ def config(workload: str, name: Name, settings: Settings, seed: int, length: flo
         seed=seed,
         steps=round(length * whole.steps),
     )
-
-
-def together(studies: Mapping[Any, Study]) -> Study:
-    """Runs studies side by side; returns what they return."""
-    returned, asked = {}, {}
-
-    def advance(name):
-        try:
-            asked[name] = next(studies[name])
-        except StopIteration as stop:
-            asked.pop(name, None)
-            returned[name] = stop.value
-
-    for name in studies:
-        advance(name)
-    while asked:
-        yield [config for configs in asked.values() for config in configs]
-        for name in list(asked):
-            advance(name)
-    return returned
 
 
 def trials(workload: str, name: Name, store: Store) -> Study:
@@ -196,7 +172,7 @@ def trials(workload: str, name: Name, store: Store) -> Study:
     return tried
 
 
-def finals(workload: str, store: Store, seeds: Sequence[int]) -> Study:
+def finals(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """Each optimizer at its setting, on fresh seeds."""
     names = WORKLOADS[workload].optimizers
     tuned = yield from together({name: trials(workload, name, store) for name in names})
@@ -208,7 +184,7 @@ def finals(workload: str, store: Store, seeds: Sequence[int]) -> Study:
     return configs
 
 
-def shorter(workload: str, store: Store, seeds: Sequence[int]) -> Study:
+def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """Shorter runs, with their whole schedules, of the challengers that reach the target at all."""
     whole = yield from finals(workload, store, seeds)
 
@@ -227,16 +203,6 @@ def shorter(workload: str, store: Store, seeds: Sequence[int]) -> Study:
     return whole, configs
 
 
-def settled(study: Study, store: Store) -> Any:
-    """What a study returns, from the runs that are stored; None if it still needs some."""
-    while True:
-        try:
-            if any(config not in store for config in next(study)):
-                return None
-        except StopIteration as stop:
-            return stop.value
-
-
 class Estimate(NamedTuple):
     """A mean over seeds."""
 
@@ -249,6 +215,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
+    if np.ptp(values) == 0:  # such as all 0: the target was never reached
+        return Estimate(values[0], values[0], values[0], float(values[0] == 0))
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(0.95)
     return Estimate(float(np.mean(values)), float(low), float(high), float(test.pvalue))
@@ -307,7 +275,7 @@ class Row(NamedTuple):
     """The same by shorter runs; None if they were not made."""
 
 
-def rows(workload: str, store: Store, seeds: Sequence[int]) -> list[Row]:
+def rows(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> list[Row]:
     """The outcome on a workload, the baseline of each base first; empty while runs are missing."""
     whole = settled(finals(workload, store, seeds), store)
     if whole is None:
@@ -377,6 +345,14 @@ def table(workload: str, rows: Sequence[Row]) -> Table | str:
 STUDIES = {"finals": finals, "shorter": shorter}
 
 
+def again(workload: str, stored: Store) -> list[OneRun]:
+    """The finals' first runs of AdamW and GPA, to be made again."""
+    whole = settled(finals(workload, stored), stored)
+    if whole is None:
+        raise ValueError(f"The finals of {workload} are not stored yet.")
+    return [whole["adamw"][0], whole["gpa-adamw"][0]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Goes on with studies where they were, and prints what they say so far."""
@@ -392,17 +368,28 @@ class Config:
     """Fresh seeds; more of them go on with what is there."""
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""
-    results: Path = RESULTS
-    """Folder of the runs."""
+    quick: bool = False
+    """Only make the finals' first runs of AdamW and GPA again, in a folder of their own, and show
+    them beside the stored ones."""
 
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.steps_to_target", description=__doc__)
-    console, store = Console(), Store(flags.results)
+    console, store = Console(), Store(RESULTS)
+    if flags.quick:
+        anew = Store(Path("runs/bench"))
+        runs = [run for workload in flags.workloads for run in again(workload, store)]
+        execute(runs, anew, flags.workers, console)
+        lines = Table("", "loss at the end", "stored", box=box.SIMPLE_HEAD)
+        for run in runs:
+            name = f"{label(run.optimizer)}, {run.steps} steps of {run.batch_size}"
+            lines.add_row(name, f"{anew[run].loss:.4f}", f"{store[run].loss:.4f}")
+        console.print(lines)
+        return 0
     for workload in flags.workloads:
         for name in flags.studies:
-            for configs in STUDIES[name](workload, store, range(flags.seeds)):
-                execute(configs, store, flags.workers, console)
+            study = STUDIES[name](workload, store, range(flags.seeds))
+            pursue(study, store, flags.workers, console)
         console.print(table(workload, rows(workload, store, range(flags.seeds))))
     return 0
 

@@ -1,0 +1,152 @@
+"""What each ingredient of GPA's recipe brings, apart from the others, on the workload `text`.
+
+python -m benchmarks.ingredients                # goes on with all of it, for hours
+python -m benchmarks.ingredients map
+
+* **ingredients**: GPA at its setting of `benchmarks.steps_to_target`, with one or two things
+  changed, on the seeds of that study's finals, so that the runs of one seed are pairs.
+* **map**: the loss at the end over mu_x and mu_y, with the same base and a constant learning rate,
+  where averaging alone decides what is left of the noise; one seed.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.runs import Store, Study, pursue, settled
+from benchmarks.steps_to_target import (
+    RESULTS,
+    SEEDS,
+    TRIAL_SEED,
+    Estimate,
+    config,
+    estimate,
+    trials,
+)
+from examples.optimizers import Settings
+from examples.training import OneRun
+
+WORKLOAD = "text"
+# What differs from GPA's setting: a cosine, an annealed window, b1=0 and mu_y=0.9, decay at z.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "window constant": {"average": "constant"},
+    "window warmed up, not annealed": {"average": "warmed-up"},
+    "uniform average": {"average": "uniform"},
+    "linear schedule": {"schedule": "linear"},
+    "linear schedule, window warmed up": {"schedule": "linear", "average": "warmed-up"},
+    "wsd schedule": {"schedule": "wsd"},
+    "wsd schedule, window warmed up": {"schedule": "wsd", "average": "warmed-up"},
+    "constant learning rate, window warmed up": {"schedule": "constant", "average": "warmed-up"},
+    "constant learning rate, uniform average": {"schedule": "constant", "average": "uniform"},
+    "b1 = 0.9, mu_y = 0.7": {"b1": 0.9, "mu_y": 0.7},
+    "b1 = 0.9, mu_y = 0.5": {"b1": 0.9, "mu_y": 0.5},
+    "mu_y = 0.8": {"mu_y": 0.8},
+    "mu_y = 0.95": {"mu_y": 0.95},
+    "mu_y from 0 to 0.9 in the first fifth": {"mu_y_warmup": 0.2},
+    "weight decay at y": {"base_params": "y"},
+}
+MU_YS = (0.0, 0.5, 0.7, 0.9, 0.95)
+HORIZONS = (2, 10, 20, 100, 300)  # steps that the average remembers; the last is mu_x = 0.9967
+
+
+def gpa_settings(store: Store) -> Study:
+    best, *_ = yield from trials(WORKLOAD, "gpa-adamw", store)
+    return best.settings
+
+
+def changed(settings: Settings, seed: int, **change: Any) -> OneRun:
+    return config(WORKLOAD, "gpa-adamw", dataclasses.replace(settings, **change), seed)
+
+
+def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> Study:
+    """The runs of GPA's setting and of each variant."""
+    settings = yield from gpa_settings(store)
+    runs = {
+        name: [changed(settings, seed, **change) for seed in seeds]
+        for name, change in {"": {}, **VARIANTS}.items()
+    }
+    yield [run for variant in runs.values() for run in variant]
+    return runs
+
+
+def mu_map(store: Store) -> Study:
+    """A run for each (window in steps, mu_y); None is a uniform average, 1 the base alone."""
+    settings = yield from gpa_settings(store)
+    constant = dataclasses.replace(settings, schedule="constant", average="warmed-up")
+    runs = {
+        (horizon, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, mu_x=1 - 1 / horizon)
+        for horizon, mu_y in itertools.product(HORIZONS, MU_YS)
+    }
+    runs |= {
+        (None, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, average="uniform") for mu_y in MU_YS
+    }
+    runs[1, 0.0] = changed(constant, TRIAL_SEED, mu_y=0.0, mu_x=0.0)
+    yield list(runs.values())
+    return runs
+
+
+def effects(store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, tuple[float, Estimate | None]]:
+    """Mean loss at the end of each variant, and how much higher it is than GPA's setting's."""
+    runs = settled(ingredients(store, seeds), store)
+    if runs is None:
+        return {}
+    losses = {name: np.array([store[run].loss for run in same]) for name, same in runs.items()}
+    return {
+        name: (float(same.mean()), estimate(same - losses[""]) if name else None)
+        for name, same in losses.items()
+    }
+
+
+def effects_table(found: dict[str, tuple[float, Estimate | None]]) -> list[list[str]]:
+    """A line for each variant: its loss at the end, and by how much that is higher."""
+    lines = []
+    for name, (loss, effect) in found.items():
+        higher = ["", ""]
+        if effect is not None:
+            higher = [
+                f"{effect.mean:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})",
+                f"{effect.p:.1g}",
+            ]
+        lines.append([name or "GPA's setting", f"{loss:.4f}", *higher])
+    return lines
+
+
+HEADINGS = ("", "loss at the end", "higher by", "p")
+STUDIES = {"ingredients": ingredients, "map": mu_map}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Goes on with studies where they were, and prints what they say so far."""
+
+    studies: Annotated[tuple[Literal["ingredients", "map"], ...], tyro.conf.Positional] = tuple(
+        STUDIES
+    )
+    """What to do."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Runs at a time, each on a core of its own."""
+
+
+def main() -> int:
+    flags = tyro.cli(Config, prog="python -m benchmarks.ingredients", description=__doc__)
+    console, store = Console(), Store(RESULTS)
+    for name in flags.studies:
+        pursue(STUDIES[name](store), store, flags.workers, console)
+    table = Table(*HEADINGS, box=box.SIMPLE_HEAD)
+    for line in effects_table(effects(store)):
+        table.add_row(*line)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Makes the figures and the tables of the documentation from the results, and from nothing else.
+
+python -m benchmarks.report            # writes them
+python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
+
+Tables stand between two comments in README.md and benchmarks/README.md. A figure carries a digest
+of its numbers and of the code that draws it, by which it is known to be up to date.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from benchmarks import steps_to_target
+from benchmarks.runs import Store, settled
+from benchmarks.steps_to_target import WORKLOADS, Row
+from examples.optimizers import METHODS, label, split
+from examples.reporting import COLOURS, write_whole
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+TITLES = {
+    "text": "Llama, text",
+    "images": "ViT, batches of 64",
+    "images-large": "ViT, batches of 1,024",
+}
+METHOD_COLOURS = dict(zip(("", "gpa", "schedule-free", "diloco", "ema"), COLOURS, strict=False))
+matplotlib.rcParams |= {"svg.hashsalt": "gpa-optax", "font.size": 10, "axes.spines.top": False}
+matplotlib.rcParams |= {"axes.spines.right": False, "legend.frameon": False}
+
+
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [headings, ["---"] * len(headings), *lines]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def finals_table(store: Store, workload: str) -> str:
+    found = steps_to_target.rows(workload, store)
+    if not found:
+        return "Not all runs are there yet.\n"
+    return markdown(steps_to_target.HEADINGS, [steps_to_target.cells(row) for row in found])
+
+
+def trials_table(store: Store, workload: str) -> str:
+    """Every tuning trial, the best of an optimizer first."""
+    lines = []
+    for name in WORKLOADS[workload].optimizers:
+        tried = settled(steps_to_target.trials(workload, name, store), store)
+        for trial in tried or ():
+            changed = {
+                field: value
+                for field, value in dataclasses.asdict(trial.settings).items()
+                if value != getattr(steps_to_target.start(name), field) and field != "learning_rate"
+            }
+            what = ", ".join(f"`{field}={value}`" for field, value in changed.items())
+            loss, rate = store[trial].loss, trial.settings.learning_rate
+            lines.append([label(name), f"{rate:.2g}", what, f"{loss:.4f}"])
+    return markdown(("", "learning rate", "other than at the start", "loss at the end"), lines)
+
+
+def saved_figure(rows: dict[str, list[Row]]) -> Figure:
+    """Steps saved to AdamW's final loss: filled as in the paper, hollow by shorter runs."""
+    figure = Figure(figsize=(8, 1 + 1.15 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    ticks, height = {}, 0.0
+    for workload, found in rows.items():
+        challengers = [row for row in found if split(row.name)[0] and split(row.name)[1] == "adamw"]
+        ticks[height - (len(challengers) - 1) / 2] = TITLES[workload]
+        for row in challengers:
+            colour = METHOD_COLOURS[split(row.name)[0]]
+            for saved, face in ((row.saved, colour), (row.saved_strictly, "white")):
+                if saved is None:
+                    continue
+                at = height + (0.16 if saved is row.saved else -0.16)
+                axes.plot([100 * saved.low, 100 * saved.high], [at, at], color=colour, linewidth=2)
+                axes.plot(100 * saved.mean, at, "o", color=colour, markerfacecolor=face)
+            right = 100 * max(s.high for s in (row.saved, row.saved_strictly) if s is not None)
+            name = label(row.name).removesuffix("-AdamW") + (
+                "" if row.reached else " (never there)"
+            )
+            axes.text(max(right, 0) + 0.6, height, name, color=colour, va="center")
+            height -= 1
+        height -= 1
+    axes.axvline(0, color=METHOD_COLOURS[""], linewidth=1)
+    axes.set_yticks(list(ticks), list(ticks.values()))
+    axes.set_xlabel("Steps saved to the loss at which tuned AdamW ends (%), with 95 % intervals")
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def curves_figure(curves: dict[str, dict[str, tuple[list[float], list[float], list[float]]]]):
+    """Mean validation loss over the second half of the runs, with the standard error."""
+    figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
+    for axes, (workload, methods) in zip(
+        np.atleast_1d(figure.subplots(len(curves))), curves.items(), strict=True
+    ):
+        ends = []
+        for method, (steps, mean, error) in methods.items():
+            colour = METHOD_COLOURS[method]
+            late = np.array(steps) >= steps[-1] / 2
+            x, y, e = (np.array(values)[late] for values in (steps, mean, error))
+            axes.plot(x, y, color=colour, label=METHODS.get(method, "AdamW"))
+            axes.fill_between(x, y - e, y + e, color=colour, alpha=0.2, linewidth=0)
+            ends.append(y[-1])
+            if method == "":
+                axes.axhline(y[-1], color=colour, linewidth=0.8, linestyle="--")
+                top = y[0]
+        axes.set_ylim(min(ends) - 0.1 * (top - min(ends)), top)
+        axes.set(xlabel="Step", ylabel="Validation loss (nats)", title=TITLES[workload])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def mean_curves(workload: str, store: Store) -> dict[str, Any]:
+    whole = settled(steps_to_target.finals(workload, store), store)
+    found = {}
+    for name, runs in (whole or {}).items():
+        if split(name)[1] == "adamw":
+            losses = np.array([store[run].curve["loss"] for run in runs])
+            error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
+            steps = store[runs[0]].curve["step"]
+            found[split(name)[0]] = (steps, losses.mean(axis=0).tolist(), error.tolist())
+    return found
+
+
+def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Figure:
+    """The loss at the end over the learning rate, of every trial."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, (workload, methods) in zip(
+        np.atleast_1d(figure.subplots(1, len(trials))), trials.items(), strict=True
+    ):
+        lowest = min(loss for points in methods.values() for _, loss in points)
+        for method, points in methods.items():
+            rates = sorted({rate for rate, _ in points})
+            best = [min(loss for r, loss in points if r == rate) for rate in rates]
+            axes.plot(rates, best, color=METHOD_COLOURS[method], linewidth=1)
+            axes.plot(*zip(*points, strict=True), ".", color=METHOD_COLOURS[method],
+                      label=METHODS.get(method, "AdamW"))  # fmt: skip
+        axes.set(xscale="log", xlabel="Peak learning rate", title=TITLES[workload])
+        rates = WORKLOADS[workload].learning_rates
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
+        axes.set_ylim(lowest - 0.01, lowest + 0.25)
+    figure.axes[0].set_ylabel("Validation loss at the end (nats)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def all_trials(workload: str, store: Store) -> dict[str, list[tuple[float, float]]]:
+    found = {}
+    for name in WORKLOADS[workload].optimizers:
+        tried = settled(steps_to_target.trials(workload, name, store), store)
+        if tried and split(name)[1] == "adamw":
+            found[split(name)[0]] = [(t.settings.learning_rate, store[t].loss) for t in tried]
+    return found
+
+
+def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
+    """Name, function and numbers of each figure whose results are there."""
+    rows = {name: steps_to_target.rows(name, store) for name in WORKLOADS}
+    yield "steps-saved", saved_figure, {name: found for name, found in rows.items() if found}
+    for name, draw, numbers in (
+        ("curves", curves_figure, mean_curves),
+        ("trials", trials_figure, all_trials),
+    ):
+        each = {workload: numbers(workload, store) for workload in WORKLOADS}
+        yield name, draw, {workload: found for workload, found in each.items() if found}
+
+
+def tables(store: Store) -> dict[str, Callable[[], str]]:
+    """What stands between the comments with these names."""
+    found = {}
+    for workload in WORKLOADS:
+        found[f"finals-{workload}"] = lambda workload=workload: finals_table(store, workload)
+        found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
+    return found
+
+
+def digest(draw: Callable[[Any], Figure], numbers: Any) -> str:
+    text = inspect.getsource(draw) + json.dumps(numbers, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stale(store: Store) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The files that are not up to date, and what brings each up to date."""
+    for name, draw, numbers in figures(store):
+        path, mark = FIGURES / f"{name}.svg", digest(draw, numbers)
+        if numbers and not (path.exists() and mark in path.read_text()):
+
+            def save(path=path, draw=draw, numbers=numbers, mark=mark):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw(numbers).savefig(path, metadata={"Description": mark, "Date": None})
+
+            yield path, save
+    texts = tables(store)
+    for path in PAGES:
+        old = path.read_text()
+        new = BLOCK.sub(lambda block: f"{block[1]}{texts[block[2]]()}{block[3]}", old)
+        if new != old:
+            yield path, lambda path=path, new=new: write_whole(path, new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Makes the figures and tables of the documentation from the results."""
+
+    check: bool = False
+    """Write nothing; tell what is not up to date."""
+
+
+def main() -> int:
+    flags = tyro.cli(Config, prog="python -m benchmarks.report")
+    count = 0
+    for path, write in stale(Store(steps_to_target.RESULTS)):
+        count += 1
+        print(f"{path.relative_to(ROOT)} {'is not up to date' if flags.check else 'written'}")
+        if not flags.check:
+            write()
+    if flags.check and count:
+        print("python -m benchmarks.report brings them up to date.")
+    return int(flags.check and count > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,13 +22,14 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import steps_to_target
+from benchmarks import convex, ingredients, steps_to_target
 from benchmarks.runs import Store, settled
 from benchmarks.steps_to_target import WORKLOADS, Row
 from examples.optimizers import METHODS, label, split
 from examples.reporting import COLOURS, write_whole
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -170,6 +171,44 @@ def all_trials(workload: str, store: Store) -> dict[str, list[tuple[float, float
     return found
 
 
+def map_figure(losses: list[tuple[float | None, float, float]]) -> Figure:
+    """The loss at the end for each window and mu_y, with the settings that have names."""
+    windows = sorted({w for w, _, _ in losses if w not in (None, 1)})
+    windows.append(None)
+    mu_ys = sorted({mu_y for _, mu_y, _ in losses})
+    grid = np.full((len(mu_ys), len(windows)), np.nan)
+    for window, mu_y, loss in losses:
+        if window != 1:
+            grid[mu_ys.index(mu_y), windows.index(window)] = loss
+    base = next(loss for window, _, loss in losses if window == 1)
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    lowest = np.nanmin(grid)
+    image = axes.imshow(grid, cmap="viridis_r", origin="lower", aspect="auto",
+                        vmin=lowest, vmax=lowest + 0.3)  # fmt: skip
+    for (row, column), loss in np.ndenumerate(grid):
+        name = {(0.7, 300): "\nGPA's default", (0.9, None): "\nSchedule-Free"}.get(
+            (mu_ys[row], windows[column]), ""
+        )
+        if mu_ys[row] == 0:
+            name = "\nEMA"
+        elif windows[column] is not None and np.isclose(mu_ys[row], 1 - 1 / windows[column]):
+            name = "\nNesterov"
+        dark = loss > lowest + 0.15
+        axes.text(column, row, f"{loss:.3f}{name}", ha="center", va="center", fontsize=8,
+                  color="white" if dark else "black")  # fmt: skip
+    axes.set_xticks(
+        range(len(windows)), ["uniform" if w is None else f"{1 - 1 / w:.4g}" for w in windows]
+    )
+    axes.set_yticks(range(len(mu_ys)), [f"{mu_y:g}" for mu_y in mu_ys])
+    axes.set(
+        xlabel="mu_x (warmed up)", ylabel="mu_y", title=f"The base alone (mu_x = 0): {base:.3f}"
+    )
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, label="Validation loss at the end (nats)")
+    return figure
+
+
 def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     """Name, function and numbers of each figure whose results are there."""
     rows = {name: steps_to_target.rows(name, store) for name in WORKLOADS}
@@ -180,6 +219,15 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     ):
         each = {workload: numbers(workload, store) for workload in WORKLOADS}
         yield name, draw, {workload: found for workload, found in each.items() if found}
+    runs = settled(ingredients.mu_map(store), store) or {}
+    yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
+    yield "convex", convex.figure, results("convex")
+
+
+def results(name: str) -> Any:
+    """What a benchmark measured, if it has."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def tables(store: Store) -> dict[str, Callable[[], str]]:
@@ -188,11 +236,15 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     for workload in WORKLOADS:
         found[f"finals-{workload}"] = lambda workload=workload: finals_table(store, workload)
         found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
+    found["ingredients"] = lambda: markdown(
+        ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
+    )
+    found["convex"] = lambda: convex.table(results("convex"))
     return found
 
 
 def digest(draw: Callable[[Any], Figure], numbers: Any) -> str:
-    text = inspect.getsource(draw) + json.dumps(numbers, default=str)
+    text = inspect.getsource(draw) + json.dumps(numbers)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

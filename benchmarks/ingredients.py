@@ -40,13 +40,13 @@ WORKLOAD = "text"
 VARIANTS: dict[str, dict[str, Any]] = {
     "window constant": {"average": "constant"},
     "window warmed up, not annealed": {"average": "warmed-up"},
-    "uniform average": {"average": "uniform"},
+    "uniform average": {"average": "polynomial"},
     "linear schedule": {"schedule": "linear"},
     "linear schedule, window warmed up": {"schedule": "linear", "average": "warmed-up"},
     "wsd schedule": {"schedule": "wsd"},
     "wsd schedule, window warmed up": {"schedule": "wsd", "average": "warmed-up"},
     "constant learning rate, window warmed up": {"schedule": "constant", "average": "warmed-up"},
-    "constant learning rate, uniform average": {"schedule": "constant", "average": "uniform"},
+    "constant learning rate, uniform average": {"schedule": "constant", "average": "polynomial"},
     "b1 = 0.9, mu_y = 0.7": {"b1": 0.9, "mu_y": 0.7},
     "b1 = 0.9, mu_y = 0.5": {"b1": 0.9, "mu_y": 0.5},
     "mu_y = 0.8": {"mu_y": 0.8},
@@ -87,7 +87,8 @@ def mu_map(store: Store) -> Study:
         for horizon, mu_y in itertools.product(HORIZONS, MU_YS)
     }
     runs |= {
-        (None, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, average="uniform") for mu_y in MU_YS
+        (None, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, average="polynomial")
+        for mu_y in MU_YS
     }
     runs[1, 0.0] = changed(constant, TRIAL_SEED, mu_y=0.0, mu_x=0.0)
     yield list(runs.values())

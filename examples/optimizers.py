@@ -60,9 +60,11 @@ class Settings:
     """GPA, EMA: decay of the average. Default: that of the window."""
     window: float = 0.05
     """GPA, EMA: steps that the average remembers, as a part of the run."""
-    average: Literal["annealed", "warmed-up", "constant", "uniform"] = "annealed"
+    average: Literal["annealed", "warmed-up", "constant", "polynomial"] = "annealed"
     """GPA, EMA: whether the window shrinks with the learning rate, starts as a uniform average, is
-    always the same, or is all of the run (gpa_optax.averaging)."""
+    always the same, or grows with the run (gpa_optax.averaging)."""
+    power: float = 0.0
+    """GPA, EMA: how much more late iterates weigh in a polynomial average; 0 is a uniform one."""
     base_params: Literal["z", "y"] = "z"
     """GPA: where weight decay acts."""
     sync_period: int = 32
@@ -217,7 +219,7 @@ def average(
         "annealed": lambda: averaging.annealed(mu_x, learning_rate, settings.learning_rate),
         "warmed-up": lambda: averaging.warmed_up(mu_x),
         "constant": lambda: mu_x,
-        "uniform": averaging.uniform,
+        "polynomial": lambda: averaging.polynomial(settings.power),
     }[settings.average]()
 
 

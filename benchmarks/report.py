@@ -209,6 +209,104 @@ def map_figure(losses: list[tuple[float | None, float, float]]) -> Figure:
     return figure
 
 
+def cost_figure(updates: list[dict[str, Any]]) -> Figure:
+    """Time of an update over that of optax.adamw: median and quartiles."""
+    figure = Figure(figsize=(8, 0.9 + 0.32 * len(updates)), layout="constrained")
+    axes = figure.subplots()
+    for height, update in enumerate(reversed(updates)):
+        low, median, high = update["ratio"]
+        name = update["optimizer"]
+        colour = METHOD_COLOURS["gpa"] if name.startswith("gpa") else "0.7"
+        axes.barh(height, median, color=colour)
+        axes.plot([low, high], [height, height], color="0.2", linewidth=1)
+        axes.text(max(high, median) + 0.05, height, f"{median:.2f}", va="center")
+    axes.axvline(1, color="0.2", linewidth=0.8, linestyle="--")
+    axes.set_yticks(range(len(updates)), [u["optimizer"] for u in reversed(updates)])
+    axes.set_xlabel("Time of an update, relative to optax.adamw")
+    axes.tick_params(left=False)
+    return figure
+
+
+def on_the_cpu(scheduler: str, size: str = "llama-160m") -> list[dict[str, Any]]:
+    """The updates that were timed with a scheduler and a size."""
+    found = (results("update_cost") or {"updates": []})["updates"]
+    return [u for u in found if (u["scheduler"], u["size"]) == (scheduler, size)]
+
+
+def cost_table() -> str:
+    """What an update costs: from the compilers' programs, and timed on the CPU."""
+    timed = {u["optimizer"]: u for u in on_the_cpu("default")}
+    compiled: dict[str, list[dict[str, Any]]] = {}
+    for update in results("compiled_cost")["updates"]:
+        if update["dtype"] == "float32":
+            compiled.setdefault(update["optimizer"], []).append(update)
+    lines = []
+    for name, found in compiled.items():
+        if name not in timed:
+            continue
+        kernels = sorted({f"{u['kernels_per_leaf']:.1f}".removesuffix(".0") for u in found})
+        moved = {u["target"]: u["moved"] for u in found}
+        low, median, high = timed[name]["ratio"]
+        lines.append(
+            [
+                f"`{name}`",
+                f"{found[0]['state_bytes']:.0f}",
+                " to ".join(dict.fromkeys((kernels[0], kernels[-1]))),
+                f"{moved['h100:1']:.0f} ({found[0]['floor']:.0f})",
+                f"{median:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+    headings = (
+        "update of",
+        "state, bytes a param",
+        "kernels a leaf on H100, TPU v5e, v5p, v6e",
+        "bytes moved a param on H100 (at least)",
+        "time on a CPU, `optax.adamw` = 1 (quartiles)",
+    )
+    return markdown(headings, lines)
+
+
+def timings_table() -> str:
+    """Every size and scheduler: time over that of optax.adamw, and temporaries."""
+    measured = results("update_cost")
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for update in measured["updates"]:
+        temporary = update.get("temporary_bytes")
+        more = f", {temporary / 2**20:.0f} MiB" if temporary and temporary > 2**20 else ""
+        where = update["size"], update["scheduler"]
+        cells.setdefault(update["optimizer"], {})[where] = f"{update['ratio'][1]:.2f}{more}"
+    places = list(dict.fromkeys((u["size"], u["scheduler"]) for u in measured["updates"]))
+    places.sort(key=lambda place: place[1])
+    headings = ["", *(f"{size}, {scheduler}" for size, scheduler in places)]
+    return markdown(
+        headings,
+        [[f"`{name}`", *(row.get(place, "") for place in places)] for name, row in cells.items()],
+    )
+
+
+def compiled_table() -> str:
+    """Every target and precision, of AdamW and what is built on it."""
+    lines = [
+        [
+            update["target"].partition(":")[0],
+            update["dtype"],
+            f"`{update['optimizer']}`",
+            f"{update['kernels_per_leaf']:.2f}",
+            f"{update['temporary_bytes'] / 2**10:,.1f}",
+            f"{update['in_place']:.1%}",
+            f"{update['moved']:.1f}",
+            f"{update['floor']:.1f}",
+            f"{update['state_bytes']:.1f}",
+        ]
+        for update in results("compiled_cost")["updates"]
+    ]
+    headings = (
+        "target", "params", "update of", "kernels a leaf", "temporaries, KiB", "in place",
+        "bytes moved a param", "at least", "bytes of state a param",
+    )  # fmt: skip
+    return markdown(headings, lines)
+
+
 def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     """Name, function and numbers of each figure whose results are there."""
     rows = {name: steps_to_target.rows(name, store) for name in WORKLOADS}
@@ -221,6 +319,7 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
         yield name, draw, {workload: found for workload, found in each.items() if found}
     runs = settled(ingredients.mu_map(store), store) or {}
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
+    yield "update-cost", cost_figure, on_the_cpu("default")
     yield "convex", convex.figure, results("convex")
 
 
@@ -239,6 +338,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     found["ingredients"] = lambda: markdown(
         ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
     )
+    found |= {"cost": cost_table, "timings": timings_table, "compiled": compiled_table}
     found["convex"] = lambda: convex.table(results("convex"))
     return found
 

@@ -64,7 +64,8 @@ def trials_table(store: Store, workload: str) -> str:
             changed = {
                 field: value
                 for field, value in dataclasses.asdict(trial.settings).items()
-                if value != getattr(steps_to_target.start(name), field) and field != "learning_rate"
+                if value != getattr(steps_to_target.method(name).start, field)
+                and field != "learning_rate"
             }
             what = ", ".join(f"`{field}={value}`" for field, value in changed.items())
             loss, rate = store[trial].loss, trial.settings.learning_rate

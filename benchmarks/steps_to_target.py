@@ -121,12 +121,14 @@ METHODS = {
     "diloco": Method(
         Settings(warmup=0.1, sync_period=16, outer_learning_rate=0.7), {"outer_learning_rate": 0.4}
     ),
+    # Muon orthogonalizes its momentum: without one, single gradients.
+    "gpa-muon": Method(Settings(warmup=0.1, mu_y=0.7, window=0.05), {"mu_y": 0.5}),
     "ema": Method(Settings(warmup=0.1, window=0.02, average="warmed-up"), {"window": 0.05}),
 }
 
 
-def start(name: Name) -> Settings:
-    return METHODS[split(name)[0]].start
+def method(name: Name) -> Method:
+    return METHODS.get(name) or METHODS[split(name)[0]]
 
 
 def config(workload: str, name: Name, settings: Settings, seed: int, length: float = 1.0) -> OneRun:
@@ -142,10 +144,11 @@ def config(workload: str, name: Name, settings: Settings, seed: int, length: flo
 
 def trials(workload: str, name: Name, store: Store) -> Study:
     """Tunes an optimizer; returns its trials, of which the first is the best."""
-    method, tried = METHODS[split(name)[0]], []
+    start, other = method(name)
+    tried: list[OneRun] = []
 
     def attempt(*changes: dict[str, Any]) -> Study:
-        base = tried[0].settings if tried else method.start
+        base = tried[0].settings if tried else start
         configs = [
             config(workload, name, dataclasses.replace(base, **change), TRIAL_SEED)
             for change in changes
@@ -166,7 +169,7 @@ def trials(workload: str, name: Name, store: Store) -> Study:
         between = (best * better) ** 0.5
     yield from attempt({"learning_rate": between})
     decay = {"weight_decay": WEIGHT_DECAYS[1]}
-    yield from attempt(decay, method.other, decay | method.other)
+    yield from attempt(decay, other, decay | other)
     if split(name)[0] == "":
         yield from attempt(*SCHEDULES[1:])
     return tried
@@ -175,6 +178,17 @@ def trials(workload: str, name: Name, store: Store) -> Study:
 def finals(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """Each optimizer at its setting, on fresh seeds."""
     names = WORKLOADS[workload].optimizers
+    bases = dict.fromkeys(split(name)[1] for name in names)
+    families = {
+        base: family(workload, [n for n in names if split(n)[1] == base], store, seeds)
+        for base in bases
+    }
+    found = yield from together(families)
+    return {name: found[split(name)[1]][name] for name in names}
+
+
+def family(workload: str, names: Sequence[Name], store: Store, seeds: Sequence[int]) -> Study:
+    """The finals of one base, which need not wait for the trials of another."""
     tuned = yield from together({name: trials(workload, name, store) for name in names})
     configs = {
         name: [config(workload, name, tuned[name][0].settings, seed) for seed in seeds]

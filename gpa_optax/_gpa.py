@@ -175,13 +175,27 @@ def gpa(
         weight_of_z = _one_minus(mu_x, state.count)
         mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
         z = optax.apply_updates(z, base_updates)
-        x = jax.tree.map(lambda x, z: _lerp(x, z, weight_of_z).astype(x.dtype), x, z)
-        y = jax.tree.map(lambda x, z: _lerp(z, x, mu_y_now), x, z)
+        new_x = jax.tree.map(lambda x, z: _lerp(x, z, weight_of_z).astype(x.dtype), x, z)
+        y = jax.tree.map(lambda x, z: _lerp(z, x, mu_y_now), new_x, z)
 
-        return difference(y, params), GPAState(
+        new_updates = difference(y, params)
+        if _dtypes(x) == _dtypes(z):
+            # The same x once more, now as a point between the old one and y. It needs z no longer,
+            # which XLA's CPU backend, whose kernels write one array each, would keep for it, of all
+            # leaves at once. A narrower x is rounded, and y was made of it: it stays.
+            end = optax.apply_updates(params, new_updates) if state.y is None else y
+            weight_of_y = weight_of_z / (1 - mu_y_now + mu_y_now * weight_of_z)
+            new_x = jax.tree.map(lambda x, y: _lerp(x, y, weight_of_y), x, end)
+            if state.y is not None:
+                # The params of y by way of x: a TPU's compiler writes all three in one kernel if
+                # each is made of the one before, but not if y is read for both others.
+                end = jax.tree.map(lambda x, y: x + (y - x), new_x, y)
+                new_updates = difference(end, params)
+
+        return new_updates, GPAState(
             count=optax.safe_increment(state.count),
             mu_y=mu_y_now,
-            x=x,
+            x=new_x,
             y=None if state.y is None else y,
             base_state=base_state,
         )
@@ -203,6 +217,10 @@ def full_precision_y(state: GPAState, params: Any) -> Any:
 def difference(new: Any, params: Any) -> Any:
     """The update that takes the params to `new`, in the params' dtype."""
     return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
+
+
+def _dtypes(tree: Any) -> list[jnp.dtype]:
+    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
 
 
 def _lerp(start: jax.Array, end: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:

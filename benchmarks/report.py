@@ -345,7 +345,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
 
 
 def digest(draw: Callable[[Any], Figure], numbers: Any) -> str:
-    text = inspect.getsource(draw) + json.dumps(numbers)
+    text = inspect.getsource(draw) + json.dumps(numbers, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

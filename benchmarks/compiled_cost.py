@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import quick_file
 from examples import planning
 from examples.collectives import ARRAY, Computation, array_bytes, read, trip_count
 from examples.command_line import to_store
@@ -54,7 +55,7 @@ class Config:
     quick: bool = False
     """The short form: the first and second target, the preset tiny."""
     out: Path = Path("benchmarks/results/compiled_cost.json")
-    """File for the results."""
+    """File for the results. Default with --quick: in runs/bench."""
 
 
 class Update(NamedTuple):
@@ -114,7 +115,8 @@ class Kernels(NamedTuple):
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.compiled_cost")
     if flags.quick:
-        flags = dataclasses.replace(flags, targets=flags.targets[:2], preset="tiny")
+        out = quick_file(flags.out, Config.out)
+        flags = dataclasses.replace(flags, targets=flags.targets[:2], preset="tiny", out=out)
     console = Console()
     params = shapes(flags.preset)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

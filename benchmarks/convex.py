@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from benchmarks import quick_file
 from examples.command_line import to_store
 from examples.reporting import COLOURS, write_whole
 from gpa_optax import averaging, eval_params, gpa
@@ -58,7 +59,7 @@ class Config:
     quick: bool = False
     """The short form: short horizons, a coarser grid, fewer seeds."""
     out: Path = Path("benchmarks/results/convex.json")
-    """File for the results."""
+    """File for the results. Default with --quick: in runs/bench."""
 
 
 QUICK = {
@@ -430,7 +431,8 @@ def figure(results: dict[str, Any]) -> Figure:
 def main() -> int:
     config = tyro.cli(Config, prog="python -m benchmarks.convex")
     if config.quick:
-        config = dataclasses.replace(config, **QUICK)
+        out = quick_file(config.out, Config.out)
+        config = dataclasses.replace(config, **QUICK, out=out)
     console = Console()
     results: dict[str, Any] = {**to_store(config), "problems": {}}
     with jax.enable_x64(True):

@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from benchmarks import QUICK
 from benchmarks.runs import Result, Store, Study, execute, pursue, settled, together
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
@@ -391,7 +392,7 @@ def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.steps_to_target", description=__doc__)
     console, store = Console(), Store(RESULTS)
     if flags.quick:
-        anew = Store(Path("runs/bench"))
+        anew = Store(QUICK / "runs")
         runs = [run for workload in flags.workloads for run in again(workload, store)]
         execute(runs, anew, flags.workers, console)
         lines = Table("", "loss at the end", "stored", box=box.SIMPLE_HEAD)

@@ -26,6 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import quick_file
 from examples import optimizers, training
 from examples.command_line import to_store
 from examples.llama.train import TrainLlama
@@ -43,8 +44,10 @@ class Config:
     """Updates of the profiled run; the first third is not looked at."""
     rounds: int = 30
     """Times that each part is run, in turns."""
+    quick: bool = False
+    """The short form: 30 updates, 5 rounds."""
     out: Path = Path("benchmarks/results/train_step.json")
-    """File for the results."""
+    """File for the results. Default with --quick: in runs/bench."""
 
 
 class Profiled(Report):
@@ -76,6 +79,9 @@ class Profiled(Report):
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.train_step")
+    if flags.quick:
+        out = quick_file(flags.out, Config.out)
+        flags = dataclasses.replace(flags, steps=30, rounds=5, out=out)
     console = Console()
     config = TrainLlama(
         optimizer=flags.optimizer,

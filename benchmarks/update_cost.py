@@ -30,6 +30,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import quick_file
 from benchmarks.compiled_cost import Update, shapes, total_bytes, updates_of_adamw
 from examples.command_line import to_store
 from examples.planning import amount
@@ -58,13 +59,14 @@ class Config:
     quick: bool = False
     """The short form: two sizes, 10 rounds."""
     out: Path = Path("benchmarks/results/update_cost.json")
-    """File for the results."""
+    """File for the results. Default with --quick: in runs/bench."""
 
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.update_cost")
     if flags.quick:
-        flags = dataclasses.replace(flags, sizes=("1M/10", "10M/40"), rounds=10)
+        out = quick_file(flags.out, Config.out)
+        flags = dataclasses.replace(flags, sizes=("1M/10", "10M/40"), rounds=10, out=out)
     console = Console()
     stored = to_store(flags)
     stored["versions"] |= torch_versions()

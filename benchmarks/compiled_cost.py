@@ -147,7 +147,7 @@ def main() -> int:
         except ValueError as error:
             if not flags.quick:
                 raise
-            console.print(f"Left out. {error}", highlight=False)
+            console.print(f"Left out. {error}", highlight=False, markup=False)
             continue
         for dtype in flags.dtypes:
             # Compilers for TPUs take minutes for Muon's products: once will do.

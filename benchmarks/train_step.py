@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import quick_file
 from examples import optimizers, training
-from examples.command_line import to_store
+from examples.command_line import keep_memory, to_store
 from examples.llama.train import TrainLlama
 from examples.reporting import Report, write_json
 from examples.sharding import make_mesh
@@ -44,6 +44,8 @@ class Config:
     """Updates of the profiled run; the first third is not looked at."""
     rounds: int = 30
     """Times that each part is run, in turns."""
+    keep_memory: bool = True
+    """Whether the memory of a step is kept for the next one, as the trainer does."""
     quick: bool = False
     """The short form: 30 updates, 5 rounds."""
     out: Path = Path("benchmarks/results/train_step.json")
@@ -82,6 +84,8 @@ def main() -> int:
     if flags.quick:
         out = quick_file(flags.out, Config.out)
         flags = dataclasses.replace(flags, steps=30, rounds=5, out=out)
+    if flags.keep_memory:
+        keep_memory()
     console = Console()
     config = TrainLlama(
         optimizer=flags.optimizer,
@@ -95,6 +99,7 @@ def main() -> int:
     result = {
         **to_store(config),
         "cores": os.cpu_count(),
+        "keep_memory": flags.keep_memory,
         "loop": loop,
         "parts": parts,
         "flops_a_step": flops,

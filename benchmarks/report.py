@@ -230,15 +230,14 @@ def cost_figure(updates: list[dict[str, Any]]) -> Figure:
 
 def on_the_cpu(scheduler: str, size: str = "llama-160m") -> list[dict[str, Any]]:
     """The updates that were timed with a scheduler and a size."""
-    found = (results("update_cost") or {"updates": []})["updates"]
-    return [u for u in found if (u["scheduler"], u["size"]) == (scheduler, size)]
+    return [u for u in updates("update_cost") if (u["scheduler"], u["size"]) == (scheduler, size)]
 
 
 def cost_table() -> str:
     """What an update costs: from the compilers' programs, and timed on the CPU."""
     timed = {u["optimizer"]: u for u in on_the_cpu("default")}
     compiled: dict[str, list[dict[str, Any]]] = {}
-    for update in results("compiled_cost")["updates"]:
+    for update in updates("compiled_cost"):
         if update["dtype"] == "float32":
             compiled.setdefault(update["optimizer"], []).append(update)
     lines = []
@@ -269,14 +268,14 @@ def cost_table() -> str:
 
 def timings_table() -> str:
     """Every size and scheduler: time over that of optax.adamw, and temporaries."""
-    measured = results("update_cost")
+    measured = updates("update_cost")
     cells: dict[str, dict[tuple[str, str], str]] = {}
-    for update in measured["updates"]:
+    for update in measured:
         temporary = update.get("temporary_bytes")
         more = f", {temporary / 2**20:.0f} MiB" if temporary and temporary > 2**20 else ""
         where = update["size"], update["scheduler"]
         cells.setdefault(update["optimizer"], {})[where] = f"{update['ratio'][1]:.2f}{more}"
-    places = list(dict.fromkeys((u["size"], u["scheduler"]) for u in measured["updates"]))
+    places = list(dict.fromkeys((u["size"], u["scheduler"]) for u in measured))
     places.sort(key=lambda place: place[1])
     headings = ["", *(f"{size}, {scheduler}" for size, scheduler in places)]
     return markdown(
@@ -299,7 +298,7 @@ def compiled_table() -> str:
             f"{update['floor']:.1f}",
             f"{update['state_bytes']:.1f}",
         ]
-        for update in results("compiled_cost")["updates"]
+        for update in updates("compiled_cost")
     ]
     headings = (
         "target", "params", "update of", "kernels a leaf", "temporaries, KiB", "in place",
@@ -328,6 +327,11 @@ def results(name: str) -> Any:
     """What a benchmark measured, if it has."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def updates(name: str) -> list[dict[str, Any]]:
+    """The updates of a cost benchmark; none if it was not run yet."""
+    return (results(name) or {"updates": []})["updates"]
 
 
 def tables(store: Store) -> dict[str, Callable[[], str]]:

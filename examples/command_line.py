@@ -77,8 +77,8 @@ def peek(arguments: Sequence[str], flag: str, default: str) -> str:
 def keep_memory() -> None:
     """Has the memory of a step kept for the next one.
 
-    glibc gives large blocks back to the system, which clears them again when they are next used:
-    a quarter to a half of the time of a small model on a CPU (benchmarks/README.md).
+    glibc gives large blocks back to the system, which clears them again when they are next used.
+    `python -m benchmarks.train_step` with and without --keep-memory shows what that takes.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

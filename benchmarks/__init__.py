@@ -1,5 +1,8 @@
 """Measurements behind what the documentation says; their results lie in `results/`."""
 
+import contextlib
+import platform
+import re
 from pathlib import Path
 
 QUICK = Path("runs/bench")  # where the short forms leave theirs
@@ -8,3 +11,10 @@ QUICK = Path("runs/bench")  # where the short forms leave theirs
 def quick_file(file: Path, default: Path) -> Path:
     """Where a short form writes: never over results that are kept, unless that was asked for."""
     return QUICK / file.name if file == default else file
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor()

@@ -5,7 +5,6 @@ model, the data, the optimizer and the compiled step; what is left out is what c
 of a minute: checkpoints, metrics of every step, the display.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -15,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +23,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import processor
 from examples import training
 from examples.command_line import decisive, from_json, keep_memory, to_json, versions
 from examples.llama.train import TrainLlama
@@ -236,12 +235,3 @@ def batches(config: OneRun) -> list[Batch]:
 
 def source(config: OneRun) -> tuple[Any, ...]:
     return (config.data, config.model.vocab_size) if config.workload == "llama" else (config.data,)
-
-
-@functools.lru_cache(maxsize=1)
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

@@ -14,7 +14,6 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
-import platform
 import re
 import sys
 import time
@@ -30,7 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import quick_file
+from benchmarks import processor, quick_file
 from benchmarks.compiled_cost import Update, shapes, total_bytes, updates_of_adamw
 from examples.command_line import to_store
 from examples.planning import amount
@@ -73,7 +72,7 @@ def main() -> int:
     result = {
         **stored,
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "schedulers": SCHEDULERS,
@@ -298,13 +297,6 @@ def growth(run: Callable[[], None]) -> int | None:
     before = size("VmRSS")
     run()
     return max(0, size("VmHWM") - before)
-
-
-def cpu() -> str:
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return platform.processor()
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> Table:

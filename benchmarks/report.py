@@ -349,7 +349,9 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
 
 
 def digest(draw: Callable[[Any], Figure], numbers: Any) -> str:
-    text = inspect.getsource(draw) + json.dumps(numbers, default=str)
+    """Of what a figure shows: not of the last digits, in which versions of SciPy differ."""
+    shown = json.loads(json.dumps(numbers, default=str), parse_float=lambda f: f"{float(f):.6g}")
+    text = inspect.getsource(draw) + json.dumps(shown)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,8 +13,9 @@ The protocol, which was written down before the runs:
   best and its better neighbour, or beyond the best if that is the largest or smallest; and at the
   best learning rate the other weight decay, the other value of the optimizer's own knob, and both.
   The trial with the lowest loss at the end is the optimizer's setting. A base optimizer (AdamW,
-  Muon) has three more: at that setting with a cosine to 10 %, with a line to 0, and constant and
-  then a line to 0.
+  Muon) has three more: its eight are with a cosine to 0; then, at the best of them, with a cosine
+  to 10 %, with a line to 0, and constant and then a line to 0. What is around a base is tuned with
+  the schedule that suits the base best; Schedule-Free has none.
 * **Finals.** Each optimizer at its setting on fresh seeds. A seed decides the initialization and
   the order of the data, so that the runs of one seed are pairs.
 * **Steps to the target.** The target is the loss at the end of the baseline's run with the same
@@ -58,7 +59,7 @@ TRIAL_SEED = 1000
 SEEDS = range(6)
 SHORTER = (0.7, 0.8, 0.9)
 WEIGHT_DECAYS = (0.1, 0.3)
-# The four schedules of a base optimizer; the first is the one of all other trials.
+# The four schedules of a base optimizer; the first is the one of its first eight trials.
 SCHEDULES = (
     {"schedule": "cosine"},
     {"schedule": "cosine", "final": 0.1},
@@ -112,18 +113,18 @@ WORKLOADS = {
 }
 
 # Learning rates are set by each trial. Schedule-Free has no schedule, and its base no momentum, as
-# in its authors' code. The EMA is the plain one, which does not know the learning rate.
+# in its authors' code. Muon orthogonalizes its momentum: without one, single gradients. The EMA is
+# the plain one, which does not know the learning rate. The length of the warmup is the knob of all
+# that have no other which matters as much.
+LONGER = {"warmup": 0.2}
 METHODS = {
-    "": Method(Settings(warmup=0.1), {"warmup": 0.2}),
-    "gpa": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, window=0.05), {"window": 0.1}),
-    "schedule-free": Method(
-        Settings(warmup=0.1, b1=0.0, mu_y=0.9, schedule="constant"), {"mu_y": 0.95}
-    ),
+    "": Method(Settings(warmup=0.1), LONGER),
+    "gpa": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, window=0.05), LONGER),
+    "gpa-muon": Method(Settings(warmup=0.1, mu_y=0.5, window=0.05), LONGER),
+    "schedule-free": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, schedule="constant"), LONGER),
     "diloco": Method(
         Settings(warmup=0.1, sync_period=16, outer_learning_rate=0.7), {"outer_learning_rate": 0.4}
     ),
-    # Muon orthogonalizes its momentum: without one, single gradients.
-    "gpa-muon": Method(Settings(warmup=0.1, mu_y=0.7, window=0.05), {"mu_y": 0.5}),
     "ema": Method(Settings(warmup=0.1, window=0.02, average="warmed-up"), {"window": 0.05}),
 }
 
@@ -146,12 +147,17 @@ def config(workload: str, name: Name, settings: Settings, seed: int, length: flo
 def trials(workload: str, name: Name, store: Store) -> Study:
     """Tunes an optimizer; returns its trials, of which the first is the best."""
     start, other = method(name)
+    around, base = split(name)
+    if around and start.schedule != "constant":
+        tuned, *_ = yield from trials(workload, base, store)
+        schedule, final = tuned.settings.schedule, tuned.settings.final
+        start = dataclasses.replace(start, schedule=schedule, final=final)
     tried: list[OneRun] = []
 
     def attempt(*changes: dict[str, Any]) -> Study:
-        base = tried[0].settings if tried else start
+        settings = tried[0].settings if tried else start
         configs = [
-            config(workload, name, dataclasses.replace(base, **change), TRIAL_SEED)
+            config(workload, name, dataclasses.replace(settings, **change), TRIAL_SEED)
             for change in changes
         ]
         yield configs
@@ -171,7 +177,7 @@ def trials(workload: str, name: Name, store: Store) -> Study:
     yield from attempt({"learning_rate": between})
     decay = {"weight_decay": WEIGHT_DECAYS[1]}
     yield from attempt(decay, other, decay | other)
-    if split(name)[0] == "":
+    if not around:
         yield from attempt(*SCHEDULES[1:])
     return tried
 

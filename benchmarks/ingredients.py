@@ -4,7 +4,8 @@ python -m benchmarks.ingredients                # goes on with all of it, for ho
 python -m benchmarks.ingredients map
 
 * **ingredients**: GPA at its setting of `benchmarks.steps_to_target`, with one or two things
-  changed, on the seeds of that study's finals, so that the runs of one seed are pairs.
+  changed, on four seeds of that study's finals, so that the runs of one seed are pairs. One variant
+  changes nothing that matters, and so tells what the noise of the measurement is.
 * **map**: the loss at the end over mu_x and mu_y, with the same base and a constant learning rate,
   where averaging alone decides what is left of the noise; one seed.
 """
@@ -25,7 +26,6 @@ from rich.table import Table
 from benchmarks.runs import Store, Study, pursue, settled
 from benchmarks.steps_to_target import (
     RESULTS,
-    SEEDS,
     TRIAL_SEED,
     Estimate,
     config,
@@ -36,23 +36,29 @@ from examples.optimizers import Settings
 from examples.training import OneRun
 
 WORKLOAD = "text"
-# What differs from GPA's setting: a cosine, an annealed window, b1=0 and mu_y=0.9, decay at z.
+SEEDS = range(4)
+NOISE = "learning rate higher by 0.1 % (noise)"
+# What differs from GPA's setting: a line to 0, an annealed window of 5 % of the run, b1=0 and
+# mu_y=0.9, decay at z.
 VARIANTS: dict[str, dict[str, Any]] = {
     "window constant": {"average": "constant"},
     "window warmed up, not annealed": {"average": "warmed-up"},
     "uniform average": {"average": "polynomial"},
-    "linear schedule": {"schedule": "linear"},
-    "linear schedule, window warmed up": {"schedule": "linear", "average": "warmed-up"},
-    "wsd schedule": {"schedule": "wsd"},
-    "wsd schedule, window warmed up": {"schedule": "wsd", "average": "warmed-up"},
+    "cosine": {"schedule": "cosine"},
+    "cosine, window warmed up": {"schedule": "cosine", "average": "warmed-up"},
+    "wsd": {"schedule": "wsd"},
+    "wsd, window warmed up": {"schedule": "wsd", "average": "warmed-up"},
     "constant learning rate, window warmed up": {"schedule": "constant", "average": "warmed-up"},
     "constant learning rate, uniform average": {"schedule": "constant", "average": "polynomial"},
-    "b1 = 0.9, mu_y = 0.7": {"b1": 0.9, "mu_y": 0.7},
-    "b1 = 0.9, mu_y = 0.5": {"b1": 0.9, "mu_y": 0.5},
     "mu_y = 0.8": {"mu_y": 0.8},
     "mu_y = 0.95": {"mu_y": 0.95},
     "mu_y from 0 to 0.9 in the first fifth": {"mu_y_warmup": 0.2},
     "weight decay at y": {"base_params": "y"},
+}
+# With the base's own momentum, at the learning rate that is best for AdamW.
+WITH_B1 = {
+    "b1 = 0.9, mu_y = 0.5, AdamW's learning rate": {"b1": 0.9, "mu_y": 0.5},
+    "b1 = 0.9, mu_y = 0.7, AdamW's learning rate": {"b1": 0.9, "mu_y": 0.7},
 }
 MU_YS = (0.0, 0.5, 0.7, 0.9, 0.95)
 HORIZONS = (2, 10, 20, 100, 300)  # steps that the average remembers; the last is mu_x = 0.9967
@@ -70,9 +76,13 @@ def changed(settings: Settings, seed: int, **change: Any) -> OneRun:
 def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """The runs of GPA's setting and of each variant."""
     settings = yield from gpa_settings(store)
+    base, *_ = yield from trials(WORKLOAD, "adamw", store)
+    rate = base.settings.learning_rate
+    changes = {"": {}, NOISE: {"learning_rate": 1.001 * settings.learning_rate}, **VARIANTS}
+    changes |= {name: {**change, "learning_rate": rate} for name, change in WITH_B1.items()}
     runs = {
         name: [changed(settings, seed, **change) for seed in seeds]
-        for name, change in {"": {}, **VARIANTS}.items()
+        for name, change in changes.items()
     }
     yield [run for variant in runs.values() for run in variant]
     return runs

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import convex, ingredients, steps_to_target
+from benchmarks import convex, ingredients, steps_to_target, transfer
 from benchmarks.runs import Store, settled
 from benchmarks.steps_to_target import WORKLOADS, Row
 from examples.optimizers import METHODS, label, split
@@ -36,7 +36,7 @@ BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", r
 TITLES = {
     "text": "Llama, text",
     "images": "ViT, batches of 64",
-    "images-large": "ViT, batches of 1,024",
+    "images-large": "ViT, batches of 512",
 }
 METHOD_COLOURS = dict(zip(("", "gpa", "schedule-free", "diloco", "ema"), COLOURS, strict=False))
 matplotlib.rcParams |= {"svg.hashsalt": "gpa-optax", "font.size": 10, "axes.spines.top": False}
@@ -342,6 +342,9 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
         found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
     found["ingredients"] = lambda: markdown(
         ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
+    )
+    found["transfer"] = lambda: markdown(
+        transfer.COLUMNS, list(transfer.lines(transfer.rows(store)))
     )
     found |= {"cost": cost_table, "timings": timings_table, "compiled": compiled_table}
     found["convex"] = lambda: convex.table(results("convex"))

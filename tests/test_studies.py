@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("scipy")
 from programs import llama, train
 
-from benchmarks import report, steps_to_target
-from benchmarks.ingredients import VARIANTS, effects
+from benchmarks import report, steps_to_target, transfer
+from benchmarks.ingredients import NOISE, VARIANTS, WITH_B1, effects
 from benchmarks.runs import Result, Store, evaluations, identity, one_run, settled, together
 from benchmarks.steps_to_target import WORKLOADS, finals, rows, shorter, trials
 from examples.command_line import to_json
@@ -160,6 +160,47 @@ def test_the_strict_reading_is_interpolated_between_lengths():
     assert saved(2.3, 2.2, 2.1, 2.05) == 0
 
 
+def test_what_is_around_a_base_is_tuned_with_the_schedule_that_suits_the_base():
+    store = Imagined(lambda config: bowl(config) - 0.01 * (config.settings.schedule == "linear"))
+    for name in WORKLOADS["text"].optimizers:
+        schedules = {t.settings.schedule for t in settled(trials("text", name, store), store)}
+        if split(name)[0] == "schedule-free":
+            assert schedules == {"constant"}
+        else:
+            assert schedules == ({"linear"} if split(name)[0] else {"cosine", "linear", "wsd"})
+
+
+@pytest.mark.parametrize(("best", "rates"), [(8e-3, 3), (2.1e-3, 5), (3e-2, 5)])
+def test_the_recipe_is_carried_over_with_a_multiple_of_adamws_learning_rate(best, rates):
+    """AdamW is best at 1e-2 on text, and somewhere else on a condition, where GPA is not tuned."""
+
+    def loss(config):
+        on_text = config.model.dim == 64
+        gpa = config.optimizer.startswith("gpa")
+        there = 3e-2 if gpa else 8e-3 if on_text else best
+        return 2 + math.log(config.settings.learning_rate / there) ** 2
+
+    store = Imagined(loss)
+    condition = transfer.CONDITIONS["a Llama of 0.56M parameters"]
+    base, recipe = (
+        settled(trials("text", name, store), store)[0].settings for name in ("adamw", "gpa-adamw")
+    )
+    store.asked.clear()
+    settings = settled(transfer.tuned(condition, store), store)
+    multiple = recipe.learning_rate / base.learning_rate
+    assert settings["gpa-adamw"] == dataclasses.replace(
+        recipe, learning_rate=multiple * settings["adamw"].learning_rate
+    )
+    tried = [c for c in store.asked.values() if c.model.dim == 128]
+    assert {c.optimizer for c in tried} == {"adamw"}
+    assert len(tried) == rates
+
+
+def test_the_other_text_is_what_modules_say_about_themselves():
+    text = next(text for text in transfer.docstrings(("numpy",)) if "N-dimensional" in text)
+    assert "import numpy as np" in text
+
+
 def test_studies_side_by_side_ask_together_and_return_each():
     def study(count):
         for number in range(count):
@@ -175,7 +216,7 @@ def test_studies_side_by_side_ask_together_and_return_each():
 
 def test_an_ingredient_is_compared_with_the_same_seeds():
     found = effects(Imagined(lambda config: bowl(config) + 0.03 * (config.settings.mu_y == 0.8)))
-    assert set(found) == {"", *VARIANTS}
+    assert set(found) == {"", NOISE, *VARIANTS, *WITH_B1}
     assert found["mu_y = 0.8"][1].mean == pytest.approx(0.03)
     assert found["weight decay at y"][1].mean == pytest.approx(0.0)
 

@@ -60,9 +60,10 @@ class Settings:
     """GPA, EMA: decay of the average. Default: that of the window."""
     window: float = 0.05
     """GPA, EMA: steps that the average remembers, as a part of the run."""
-    average: Literal["annealed", "warmed-up", "constant", "polynomial"] = "annealed"
+    average: Literal["annealed", "warmed-up", "constant", "polynomial", "lr-weighted"] = "annealed"
     """GPA, EMA: whether the window shrinks with the learning rate, starts as a uniform average, is
-    always the same, or grows with the run (gpa_optax.averaging)."""
+    always the same, or grows with the run, also with the iterates of the warmup weighing less, as
+    in Schedule-Free (gpa_optax.averaging)."""
     power: float = 0.0
     """GPA, EMA: how much more late iterates weigh in a polynomial average; 0 is a uniform one."""
     base_params: Literal["z", "y"] = "z"
@@ -220,6 +221,7 @@ def average(
         "warmed-up": lambda: averaging.warmed_up(mu_x),
         "constant": lambda: mu_x,
         "polynomial": lambda: averaging.polynomial(settings.power),
+        "lr-weighted": lambda: averaging.lr_weighted(learning_rate, round(settings.warmup * steps)),
     }[settings.average]()
 
 

@@ -43,25 +43,32 @@ NOISE = "learning rate higher by 0.1 % (noise)"
 VARIANTS: dict[str, dict[str, Any]] = {
     "window constant": {"average": "constant"},
     "window warmed up, not annealed": {"average": "warmed-up"},
-    "uniform average": {"average": "polynomial"},
     "cosine": {"schedule": "cosine"},
     "cosine, window warmed up": {"schedule": "cosine", "average": "warmed-up"},
     "wsd": {"schedule": "wsd"},
     "wsd, window warmed up": {"schedule": "wsd", "average": "warmed-up"},
     "constant learning rate, window warmed up": {"schedule": "constant", "average": "warmed-up"},
-    "constant learning rate, uniform average": {"schedule": "constant", "average": "polynomial"},
+    "constant learning rate, Schedule-Free's average": {
+        "schedule": "constant",
+        "average": "lr-weighted",
+    },
     "mu_y = 0.8": {"mu_y": 0.8},
     "mu_y = 0.95": {"mu_y": 0.95},
     "mu_y from 0 to 0.9 in the first fifth": {"mu_y_warmup": 0.2},
     "weight decay at y": {"base_params": "y"},
 }
-# With the base's own momentum, at the learning rate that is best for AdamW.
-WITH_B1 = {
-    "b1 = 0.9, mu_y = 0.5, AdamW's learning rate": {"b1": 0.9, "mu_y": 0.5},
-    "b1 = 0.9, mu_y = 0.7, AdamW's learning rate": {"b1": 0.9, "mu_y": 0.7},
+# At another learning rate: this multiple of GPA's, or (None) the one that is best for AdamW.
+ELSEWHERE: dict[str, tuple[float | None, dict[str, Any]]] = {
+    NOISE: (1.001, {}),
+    "constant learning rate, twice as high, Schedule-Free's average": (
+        2.0,
+        {"schedule": "constant", "average": "lr-weighted"},
+    ),
+    "b1 = 0.9, mu_y = 0.5, AdamW's learning rate": (None, {"b1": 0.9, "mu_y": 0.5}),
+    "b1 = 0.9, mu_y = 0.7, AdamW's learning rate": (None, {"b1": 0.9, "mu_y": 0.7}),
 }
-MU_YS = (0.0, 0.5, 0.7, 0.9, 0.95)
-HORIZONS = (2, 10, 20, 100, 300)  # steps that the average remembers; the last is mu_x = 0.9967
+MU_YS = (0.0, 0.5, 0.7, 0.9)
+HORIZONS = (2, 10, 100, 300)  # steps that the average remembers; the last is mu_x = 0.9967
 
 
 def gpa_settings(store: Store) -> Study:
@@ -77,9 +84,12 @@ def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """The runs of GPA's setting and of each variant."""
     settings = yield from gpa_settings(store)
     base, *_ = yield from trials(WORKLOAD, "adamw", store)
-    rate = base.settings.learning_rate
-    changes = {"": {}, NOISE: {"learning_rate": 1.001 * settings.learning_rate}, **VARIANTS}
-    changes |= {name: {**change, "learning_rate": rate} for name, change in WITH_B1.items()}
+    changes = {"": {}, **VARIANTS}
+    for name, (multiple, change) in ELSEWHERE.items():
+        rate = base.settings.learning_rate
+        if multiple is not None:
+            rate = multiple * settings.learning_rate
+        changes[name] = {**change, "learning_rate": rate}
     runs = {
         name: [changed(settings, seed, **change) for seed in seeds]
         for name, change in changes.items()
@@ -89,7 +99,7 @@ def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> Study:
 
 
 def mu_map(store: Store) -> Study:
-    """A run for each (window in steps, mu_y); None is a uniform average, 1 the base alone."""
+    """A run for each (window in steps, mu_y); None is Schedule-Free's average, 1 the base alone."""
     settings = yield from gpa_settings(store)
     constant = dataclasses.replace(settings, schedule="constant", average="warmed-up")
     runs = {
@@ -97,7 +107,7 @@ def mu_map(store: Store) -> Study:
         for horizon, mu_y in itertools.product(HORIZONS, MU_YS)
     }
     runs |= {
-        (None, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, average="polynomial")
+        (None, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, average="lr-weighted")
         for mu_y in MU_YS
     }
     runs[1, 0.0] = changed(constant, TRIAL_SEED, mu_y=0.0, mu_x=0.0)

@@ -199,7 +199,8 @@ def map_figure(losses: list[tuple[float | None, float, float]]) -> Figure:
         axes.text(column, row, f"{loss:.3f}{name}", ha="center", va="center", fontsize=8,
                   color="white" if dark else "black")  # fmt: skip
     axes.set_xticks(
-        range(len(windows)), ["uniform" if w is None else f"{1 - 1 / w:.4g}" for w in windows]
+        range(len(windows)),
+        ["Schedule-Free's" if w is None else f"{1 - 1 / w:.4g}" for w in windows],
     )
     axes.set_yticks(range(len(mu_ys)), [f"{mu_y:g}" for mu_y in mu_ys])
     axes.set(

@@ -49,10 +49,10 @@ CONDITIONS: dict[str, TrainLlama] = {
     "other text: docstrings of NumPy, SciPy and scikit-learn": dataclasses.replace(
         TEXT, data=TextData(str(DOCSTRINGS))
     ),
-    "a Llama of 0.56M parameters": dataclasses.replace(
-        TEXT, model=LlamaConfig(512, dim=128, layers=3, heads=4, kv_heads=2, hidden=344, unroll=3)
+    "a Llama of 0.25M parameters": dataclasses.replace(
+        TEXT, model=LlamaConfig(512, dim=96, layers=2, heads=4, kv_heads=2, hidden=256, unroll=2)
     ),
-    "2,500 steps": dataclasses.replace(TEXT, steps=2500),
+    "2,000 steps": dataclasses.replace(TEXT, steps=2000),
 }
 
 

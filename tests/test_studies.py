@@ -10,7 +10,7 @@ pytest.importorskip("scipy")
 from programs import llama, train
 
 from benchmarks import report, steps_to_target, transfer
-from benchmarks.ingredients import NOISE, VARIANTS, WITH_B1, effects
+from benchmarks.ingredients import ELSEWHERE, VARIANTS, effects
 from benchmarks.runs import Result, Store, evaluations, identity, one_run, settled, together
 from benchmarks.steps_to_target import WORKLOADS, finals, rows, shorter, trials
 from examples.command_line import to_json
@@ -181,7 +181,7 @@ def test_the_recipe_is_carried_over_with_a_multiple_of_adamws_learning_rate(best
         return 2 + math.log(config.settings.learning_rate / there) ** 2
 
     store = Imagined(loss)
-    condition = transfer.CONDITIONS["a Llama of 0.56M parameters"]
+    condition = transfer.CONDITIONS["a Llama of 0.25M parameters"]
     base, recipe = (
         settled(trials("text", name, store), store)[0].settings for name in ("adamw", "gpa-adamw")
     )
@@ -191,7 +191,7 @@ def test_the_recipe_is_carried_over_with_a_multiple_of_adamws_learning_rate(best
     assert settings["gpa-adamw"] == dataclasses.replace(
         recipe, learning_rate=multiple * settings["adamw"].learning_rate
     )
-    tried = [c for c in store.asked.values() if c.model.dim == 128]
+    tried = [c for c in store.asked.values() if c.model.dim == 96]
     assert {c.optimizer for c in tried} == {"adamw"}
     assert len(tried) == rates
 
@@ -216,7 +216,7 @@ def test_studies_side_by_side_ask_together_and_return_each():
 
 def test_an_ingredient_is_compared_with_the_same_seeds():
     found = effects(Imagined(lambda config: bowl(config) + 0.03 * (config.settings.mu_y == 0.8)))
-    assert set(found) == {"", NOISE, *VARIANTS, *WITH_B1}
+    assert set(found) == {"", *VARIANTS, *ELSEWHERE}
     assert found["mu_y = 0.8"][1].mean == pytest.approx(0.03)
     assert found["weight decay at y"][1].mean == pytest.approx(0.0)
 

@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # At another learning rate: this multiple of GPA's, or (None) the one that is best for AdamW.
 ELSEWHERE: dict[str, tuple[float | None, dict[str, Any]]] = {
     NOISE: (1.001, {}),
+    "learning rate higher by 41 %": (2**0.5, {}),
     "constant learning rate, twice as high, Schedule-Free's average": (
         2.0,
         {"schedule": "constant", "average": "lr-weighted"},

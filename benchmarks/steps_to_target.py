@@ -15,7 +15,7 @@ The protocol, which was written down before the runs:
   The trial with the lowest loss at the end is the optimizer's setting. A base optimizer (AdamW,
   Muon) has three more: its eight are with a cosine to 0; then, at the best of them, with a cosine
   to 10 %, with a line to 0, and constant and then a line to 0. What is around a base is tuned with
-  the schedule that suits the base best; Schedule-Free has none.
+  the schedule that suits the base best; Schedule-Free and GPA around AdamW have none.
 * **Finals.** Each optimizer at its setting on fresh seeds. A seed decides the initialization and
   the order of the data, so that the runs of one seed are pairs.
 * **Steps to the target.** The target is the loss at the end of the baseline's run with the same
@@ -114,13 +114,16 @@ WORKLOADS = {
 }
 
 # Learning rates are set by each trial. Schedule-Free has no schedule, and its base no momentum, as
-# in its authors' code. Muon orthogonalizes its momentum: without one, single gradients. The EMA is
-# the plain one, which does not know the learning rate. The length of the warmup is the knob of all
-# that have no other which matters as much.
+# in its authors' code; GPA starts from the same average, after a longer warmup. Muon orthogonalizes
+# its momentum: without one, single gradients. The EMA is the plain one, which does not know the
+# learning rate. The warmup is the knob of all that have no other which matters as much.
 LONGER = {"warmup": 0.2}
 METHODS = {
     "": Method(Settings(warmup=0.1), LONGER),
-    "gpa": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, window=0.05), LONGER),
+    "gpa": Method(
+        Settings(warmup=0.2, b1=0.0, mu_y=0.9, schedule="constant", average="lr-weighted"),
+        {"mu_y": 0.8},
+    ),
     "gpa-muon": Method(Settings(warmup=0.1, mu_y=0.5, window=0.05), LONGER),
     "schedule-free": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, schedule="constant"), LONGER),
     "diloco": Method(

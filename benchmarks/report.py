@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import convex, ingredients, steps_to_target, transfer
 from benchmarks.runs import Store, settled
-from benchmarks.steps_to_target import WORKLOADS, Row
-from examples.optimizers import METHODS, label, split
+from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
 from examples.reporting import COLOURS, write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +37,9 @@ TITLES = {
     "images": "ViT, batches of 64",
     "images-large": "ViT, batches of 512",
 }
-METHOD_COLOURS = dict(zip(("", "gpa", "schedule-free", "diloco", "ema"), COLOURS, strict=False))
+METHOD_COLOURS = dict(
+    zip(("", "gpa", "schedule-free", "diloco", "ema", "gpa, annealed"), COLOURS, strict=False)
+)
 matplotlib.rcParams |= {"svg.hashsalt": "gpa-optax", "font.size": 10, "axes.spines.top": False}
 matplotlib.rcParams |= {"axes.spines.right": False, "legend.frameon": False}
 
@@ -46,6 +47,11 @@ matplotlib.rcParams |= {"axes.spines.right": False, "legend.frameon": False}
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [headings, ["---"] * len(headings), *lines]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def short_title(contender: str) -> str:
+    """Without the base, in figures that have one base only."""
+    return title(contender).replace("-AdamW", "")
 
 
 def finals_table(store: Store, workload: str) -> str:
@@ -58,7 +64,7 @@ def finals_table(store: Store, workload: str) -> str:
 def trials_table(store: Store, workload: str) -> str:
     """Every tuning trial, the best of an optimizer first."""
     lines = []
-    for name in WORKLOADS[workload].optimizers:
+    for name in WORKLOADS[workload].contenders:
         tried = settled(steps_to_target.trials(workload, name, store), store)
         for trial in tried or ():
             changed = {
@@ -69,7 +75,7 @@ def trials_table(store: Store, workload: str) -> str:
             }
             what = ", ".join(f"`{field}={value}`" for field, value in changed.items())
             loss, rate = store[trial].loss, trial.settings.learning_rate
-            lines.append([label(name), f"{rate:.2g}", what, f"{loss:.4f}"])
+            lines.append([title(name), f"{rate:.2g}", what, f"{loss:.4f}"])
     return markdown(("", "learning rate", "other than at the start", "loss at the end"), lines)
 
 
@@ -79,10 +85,10 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
     axes = figure.subplots()
     ticks, height = {}, 0.0
     for workload, found in rows.items():
-        challengers = [row for row in found if split(row.name)[0] and split(row.name)[1] == "adamw"]
+        challengers = [row for row in found if parts(row.name)[0] and parts(row.name)[1] == "adamw"]
         ticks[height - (len(challengers) - 1) / 2] = TITLES[workload]
         for row in challengers:
-            colour = METHOD_COLOURS[split(row.name)[0]]
+            colour = METHOD_COLOURS[parts(row.name)[0]]
             for saved, face in ((row.saved, colour), (row.saved_strictly, "white")):
                 if saved is None:
                     continue
@@ -90,9 +96,7 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
                 axes.plot([100 * saved.low, 100 * saved.high], [at, at], color=colour, linewidth=2)
                 axes.plot(100 * saved.mean, at, "o", color=colour, markerfacecolor=face)
             right = 100 * max(s.high for s in (row.saved, row.saved_strictly) if s is not None)
-            name = label(row.name).removesuffix("-AdamW") + (
-                "" if row.reached else " (never there)"
-            )
+            name = short_title(row.name) + ("" if row.reached else " (never there)")
             axes.text(max(right, 0) + 0.6, height, name, color=colour, va="center")
             height -= 1
         height -= 1
@@ -107,18 +111,18 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
 def curves_figure(curves: dict[str, dict[str, tuple[list[float], list[float], list[float]]]]):
     """Mean validation loss over the second half of the runs, with the standard error."""
     figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
-    for axes, (workload, methods) in zip(
+    for axes, (workload, contenders) in zip(
         np.atleast_1d(figure.subplots(len(curves))), curves.items(), strict=True
     ):
         ends = []
-        for method, (steps, mean, error) in methods.items():
-            colour = METHOD_COLOURS[method]
+        for contender, (steps, mean, error) in contenders.items():
+            colour = METHOD_COLOURS[parts(contender)[0]]
             late = np.array(steps) >= steps[-1] / 2
             x, y, e = (np.array(values)[late] for values in (steps, mean, error))
-            axes.plot(x, y, color=colour, label=METHODS.get(method, "AdamW"))
+            axes.plot(x, y, color=colour, label=short_title(contender))
             axes.fill_between(x, y - e, y + e, color=colour, alpha=0.2, linewidth=0)
             ends.append(y[-1])
-            if method == "":
+            if contender == "adamw":
                 axes.axhline(y[-1], color=colour, linewidth=0.8, linestyle="--")
                 top = y[0]
         axes.set_ylim(min(ends) - 0.1 * (top - min(ends)), top)
@@ -132,43 +136,43 @@ def mean_curves(workload: str, store: Store) -> dict[str, Any]:
     whole = settled(steps_to_target.finals(workload, store), store)
     found = {}
     for name, runs in (whole or {}).items():
-        if split(name)[1] == "adamw":
+        if parts(name)[1] == "adamw":
             losses = np.array([store[run].curve["loss"] for run in runs])
             error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
             steps = store[runs[0]].curve["step"]
-            found[split(name)[0]] = (steps, losses.mean(axis=0).tolist(), error.tolist())
+            found[name] = (steps, losses.mean(axis=0).tolist(), error.tolist())
     return found
 
 
 def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Figure:
     """The loss at the end over the learning rate, of every trial."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for axes, (workload, methods) in zip(
+    for axes, (workload, contenders) in zip(
         np.atleast_1d(figure.subplots(1, len(trials))), trials.items(), strict=True
     ):
-        lowest = min(loss for points in methods.values() for _, loss in points)
-        for method, points in methods.items():
+        lowest = min(loss for points in contenders.values() for _, loss in points)
+        for contender, points in contenders.items():
             rates = sorted({rate for rate, _ in points})
             best = [min(loss for r, loss in points if r == rate) for rate in rates]
-            axes.plot(rates, best, color=METHOD_COLOURS[method], linewidth=1)
-            axes.plot(*zip(*points, strict=True), ".", color=METHOD_COLOURS[method],
-                      label=METHODS.get(method, "AdamW"))  # fmt: skip
+            colour = METHOD_COLOURS[parts(contender)[0]]
+            axes.plot(rates, best, color=colour, linewidth=1)
+            axes.plot(*zip(*points, strict=True), ".", color=colour, label=short_title(contender))
         axes.set(xscale="log", xlabel="Peak learning rate", title=TITLES[workload])
         rates = WORKLOADS[workload].learning_rates
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.minorticks_off()
         axes.set_ylim(lowest - 0.01, lowest + 0.25)
     figure.axes[0].set_ylabel("Validation loss at the end (nats)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
 def all_trials(workload: str, store: Store) -> dict[str, list[tuple[float, float]]]:
     found = {}
-    for name in WORKLOADS[workload].optimizers:
+    for name in WORKLOADS[workload].contenders:
         tried = settled(steps_to_target.trials(workload, name, store), store)
-        if tried and split(name)[1] == "adamw":
-            found[split(name)[0]] = [(t.settings.learning_rate, store[t].loss) for t in tried]
+        if tried and parts(name)[1] == "adamw":
+            found[name] = [(t.settings.learning_rate, store[t].loss) for t in tried]
     return found
 
 

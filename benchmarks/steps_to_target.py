@@ -36,7 +36,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import tyro
@@ -69,6 +69,10 @@ SCHEDULES = (
 )
 
 
+# An optimizer; or an optimizer, a comma, and a variant of it that is tuned by itself.
+Contender = str
+
+
 class Method(NamedTuple):
     """What an optimizer's trials start from, and the other value of its own knob."""
 
@@ -81,10 +85,17 @@ class Workload(NamedTuple):
 
     config: OneRun
     learning_rates: tuple[float, ...]
-    optimizers: tuple[Name, ...]
+    contenders: tuple[Contender, ...]
 
 
-ADAMW = ("adamw", "gpa-adamw", "schedule-free-adamw", "diloco-adamw", "ema-adamw")
+ADAMW: tuple[Contender, ...] = (
+    "adamw",
+    "gpa-adamw",
+    "gpa-adamw, annealed",
+    "schedule-free-adamw",
+    "diloco-adamw",
+    "ema-adamw",
+)
 SMALL_VIT = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
 IMAGES = TrainViT(
     steps=1500,
@@ -114,9 +125,10 @@ WORKLOADS = {
 }
 
 # Learning rates are set by each trial. Schedule-Free has no schedule, and its base no momentum, as
-# in its authors' code; GPA starts from the same average, after a longer warmup. Muon orthogonalizes
-# its momentum: without one, single gradients. The EMA is the plain one, which does not know the
-# learning rate. The warmup is the knob of all that have no other which matters as much.
+# in its authors' code. GPA starts from the same average, after a longer warmup; annealed, from the
+# base's schedule and a window that follows it. Muon orthogonalizes its momentum: without one,
+# single gradients. The EMA is the plain one, which does not know the learning rate. The warmup is
+# the knob of all that have no other which matters as much.
 LONGER = {"warmup": 0.2}
 METHODS = {
     "": Method(Settings(warmup=0.1), LONGER),
@@ -124,6 +136,7 @@ METHODS = {
         Settings(warmup=0.2, b1=0.0, mu_y=0.9, schedule="constant", average="lr-weighted"),
         {"mu_y": 0.8},
     ),
+    "gpa, annealed": Method(Settings(warmup=0.2, b1=0.0, mu_y=0.9, window=0.05), {"window": 0.1}),
     "gpa-muon": Method(Settings(warmup=0.1, mu_y=0.5, window=0.05), LONGER),
     "schedule-free": Method(Settings(warmup=0.1, b1=0.0, mu_y=0.9, schedule="constant"), LONGER),
     "diloco": Method(
@@ -133,21 +146,39 @@ METHODS = {
 }
 
 
-def method(name: Name) -> Method:
-    return METHODS.get(name) or METHODS[split(name)[0]]
+def parts(contender: Contender) -> tuple[str, str]:
+    """("gpa, annealed", "adamw") of "gpa-adamw, annealed", ("", "adamw") of "adamw"."""
+    name, comma, variant = contender.partition(",")
+    around, base = split(cast(Name, name))
+    return around + comma + variant, base
 
 
-def config(workload: str, name: Name, settings: Settings, seed: int, length: float = 1.0) -> OneRun:
+def title(contender: Contender) -> str:
+    name, comma, variant = contender.partition(",")
+    return label(cast(Name, name)) + comma + variant
+
+
+def method(contender: Contender) -> Method:
+    return METHODS.get(contender) or METHODS[parts(contender)[0]]
+
+
+def config(
+    workload: str, contender: Contender, settings: Settings, seed: int, length: float = 1.0
+) -> OneRun:
     whole = WORKLOADS[workload].config
     return dataclasses.replace(
-        whole, optimizer=name, settings=settings, seed=seed, steps=round(length * whole.steps)
+        whole,
+        optimizer=contender.partition(",")[0],
+        settings=settings,
+        seed=seed,
+        steps=round(length * whole.steps),
     )
 
 
-def trials(workload: str, name: Name, store: Store) -> Study:
+def trials(workload: str, name: Contender, store: Store) -> Study:
     """Tunes an optimizer; returns its trials, of which the first is the best."""
     start, other = method(name)
-    around, base = split(name)
+    around, base = parts(name)
     if around and start.schedule != "constant":
         tuned, *_ = yield from trials(workload, base, store)
         schedule, final = tuned.settings.schedule, tuned.settings.final
@@ -184,17 +215,17 @@ def trials(workload: str, name: Name, store: Store) -> Study:
 
 def finals(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """Each optimizer at its setting, on fresh seeds."""
-    names = WORKLOADS[workload].optimizers
-    bases = dict.fromkeys(split(name)[1] for name in names)
+    names = WORKLOADS[workload].contenders
+    bases = dict.fromkeys(parts(name)[1] for name in names)
     families = {
-        base: family(workload, [n for n in names if split(n)[1] == base], store, seeds)
+        base: family(workload, [n for n in names if parts(n)[1] == base], store, seeds)
         for base in bases
     }
     found = yield from together(families)
-    return {name: found[split(name)[1]][name] for name in names}
+    return {name: found[parts(name)[1]][name] for name in names}
 
 
-def family(workload: str, names: Sequence[Name], store: Store, seeds: Sequence[int]) -> Study:
+def family(workload: str, names: Sequence[Contender], store: Store, seeds: Sequence[int]) -> Study:
     """The finals of one base, which need not wait for the trials of another."""
     tuned = yield from together({name: trials(workload, name, store) for name in names})
     configs = {
@@ -209,8 +240,8 @@ def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     """Shorter runs, with their whole schedules, of the challengers that end below the target."""
     whole = yield from finals(workload, store, seeds)
 
-    def ends_lower(name: Name) -> bool:
-        baseline = whole[split(name)[1]]
+    def ends_lower(name: Contender) -> bool:
+        baseline = whole[parts(name)[1]]
         losses = zip(whole[name], baseline, strict=True)
         return estimate([store[run].loss - store[base].loss for run, base in losses]).high < 0
 
@@ -220,7 +251,7 @@ def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
             for run in runs
         ]
         for name, runs in whole.items()
-        if split(name)[0] and ends_lower(name)
+        if parts(name)[0] and ends_lower(name)
     }
     yield [run for runs in configs.values() for lengths in runs for run in lengths]
     return whole, configs
@@ -284,7 +315,7 @@ def saved_strictly(results: Sequence[Result], whole: Result, target: float) -> f
 class Row(NamedTuple):
     """What an optimizer did on a workload."""
 
-    name: Name
+    name: Contender
     settings: Settings
     losses: list[float]
     """At the end, one of each seed."""
@@ -305,18 +336,19 @@ def rows(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> list[Row]
         return []
     _, short = settled(shorter(workload, store, seeds), store) or (None, {})
     return [
-        outcome(runs, whole[split(name)[1]], short.get(name, []), store)
+        outcome(name, runs, whole[parts(name)[1]], short.get(name, []), store)
         for name, runs in whole.items()
     ]
 
 
 def outcome(
+    name: Contender,
     runs: Sequence[OneRun],
     baseline: Sequence[OneRun],
     short: Sequence[Sequence[OneRun]],
     store: Store,
 ) -> Row:
-    """What an optimizer's runs did against the baseline's with the same seeds."""
+    """What a contender's runs did against the baseline's with the same seeds."""
     results = [store[run] for run in runs]
     targets = [store[run].loss for run in baseline]
     pairs = list(zip(results, targets, strict=True))
@@ -325,7 +357,7 @@ def outcome(
         for lengths, (result, target) in zip(short, pairs, strict=False)
     ]
     return Row(
-        runs[0].optimizer,
+        name,
         runs[0].settings,
         [result.loss for result in results],
         estimate([result.loss - target for result, target in pairs]),
@@ -348,10 +380,10 @@ HEADINGS = (
 def cells(row: Row) -> list[str]:
     """A line of the table."""
     loss = f"{np.mean(row.losses):.4f} ± {np.std(row.losses, ddof=1):.4f}"
-    if not split(row.name)[0]:
-        return [label(row.name), loss, "", "", "", ""]
+    if not parts(row.name)[0]:
+        return [title(row.name), loss, "", "", "", ""]
     return [
-        label(row.name),
+        title(row.name),
         loss,
         f"{row.difference.mean:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})",
         f"{row.difference.p:.1g}",
@@ -416,7 +448,7 @@ def main() -> int:
         execute(runs, anew, flags.workers, console)
         lines = Table("", "loss at the end", "stored", box=box.SIMPLE_HEAD)
         for run in runs:
-            name = f"{label(run.optimizer)}, {run.steps} steps of {run.batch_size}"
+            name = f"{title(run.optimizer)}, {run.steps} steps of {run.batch_size}"
             lines.add_row(name, f"{anew[run].loss:.4f}", f"{store[run].loss:.4f}")
         console.print(lines)
         return 0

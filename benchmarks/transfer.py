@@ -117,7 +117,10 @@ def rows(store: Store) -> dict[str, list[Row]]:
     for name, condition in CONDITIONS.items():
         runs = settled(on(condition, store), store)
         if runs is not None:
-            found[name] = [outcome(same, runs["adamw"], (), store) for same in runs.values()]
+            found[name] = [
+                outcome(contender, same, runs["adamw"], (), store)
+                for contender, same in runs.items()
+            ]
     return found
 
 

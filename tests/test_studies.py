@@ -12,9 +12,8 @@ from programs import llama, train
 from benchmarks import report, steps_to_target, transfer
 from benchmarks.ingredients import VARIANTS, effects
 from benchmarks.runs import Result, Store, evaluations, identity, one_run, settled, together
-from benchmarks.steps_to_target import WORKLOADS, finals, rows, shorter, trials
+from benchmarks.steps_to_target import WORKLOADS, finals, parts, rows, shorter, trials
 from examples.command_line import to_json
-from examples.optimizers import split
 from examples.reporting import History
 
 
@@ -88,9 +87,9 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_each_challenger_has_eight_trials_and_each_base_three_more(workload):
     store = Imagined(bowl)
-    for name in WORKLOADS[workload].optimizers:
+    for name in WORKLOADS[workload].contenders:
         tried = settled(trials(workload, name, store), store)
-        assert len({identity(trial) for trial in tried}) == (8 if split(name)[0] else 11)
+        assert len({identity(trial) for trial in tried}) == (8 if parts(name)[0] else 11)
         assert {trial.seed for trial in tried} == {steps_to_target.TRIAL_SEED}
         assert store[tried[0]].loss == min(store[trial].loss for trial in tried)
 
@@ -115,7 +114,7 @@ def test_final_seeds_are_not_those_of_the_trials():
 def test_shorter_runs_are_made_where_the_target_is_reached_at_all():
     store = Imagined(bowl)
     _, runs = settled(shorter("text", store), store)
-    assert set(runs) == {"gpa-adamw", "gpa-muon"}
+    assert set(runs) == {"gpa-adamw", "gpa-adamw, annealed", "gpa-muon"}
     assert [run.steps for run in runs["gpa-adamw"][0]] == [700, 800, 900]
 
 
@@ -162,12 +161,12 @@ def test_the_strict_reading_is_interpolated_between_lengths():
 
 def test_what_is_around_a_base_is_tuned_with_the_schedule_that_suits_the_base():
     store = Imagined(lambda config: bowl(config) - 0.01 * (config.settings.schedule == "linear"))
-    for name in WORKLOADS["text"].optimizers:
+    for name in WORKLOADS["text"].contenders:
         schedules = {t.settings.schedule for t in settled(trials("text", name, store), store)}
         if name in ("gpa-adamw", "schedule-free-adamw"):
             assert schedules == {"constant"}
         else:
-            assert schedules == ({"linear"} if split(name)[0] else {"cosine", "linear", "wsd"})
+            assert schedules == ({"linear"} if parts(name)[0] else {"cosine", "linear", "wsd"})
 
 
 @pytest.mark.parametrize(("best", "rates"), [(8e-3, 3), (2.1e-3, 5), (3e-2, 5)])

@@ -30,6 +30,7 @@ from benchmarks.steps_to_target import (
     Estimate,
     config,
     estimate,
+    interval,
     trials,
 )
 from examples.optimizers import Settings
@@ -119,19 +120,13 @@ def effects(store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, tuple[float
 
 def effects_table(found: dict[str, tuple[float, Estimate | None]]) -> list[list[str]]:
     """A line for each variant: its loss at the end, and by how much that is higher."""
-    lines = []
-    for name, (loss, effect) in found.items():
-        higher = ["", ""]
-        if effect is not None:
-            higher = [
-                f"{effect.mean:+.4f} ({effect.low:+.4f} to {effect.high:+.4f})",
-                f"{effect.p:.1g}",
-            ]
-        lines.append([name or "GPA's setting", f"{loss:.4f}", *higher])
-    return lines
+    return [
+        [name or "GPA's setting", f"{loss:.4f}", interval(effect) if effect else ""]
+        for name, (loss, effect) in found.items()
+    ]
 
 
-HEADINGS = ("", "loss at the end", "higher by", "p")
+HEADINGS = ("", "loss at the end", "higher by")
 STUDIES = {"ingredients": ingredients, "map": mu_map}
 
 

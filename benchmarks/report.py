@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import convex, ingredients, steps_to_target, transfer
 from benchmarks.runs import Store, settled
-from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
+from benchmarks.steps_to_target import WORKLOADS, Row, estimate, parts, title
 from examples.reporting import COLOURS, write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,22 @@ def trials_table(store: Store, workload: str) -> str:
     return markdown(("", "learning rate", "other than at the start", "loss at the end"), lines)
 
 
+def rivals_table(store: Store) -> str:
+    """GPA's loss at the end less that of its rivals beside AdamW, paired by seed."""
+    lines = []
+    for workload in WORKLOADS:
+        found = {row.name: row for row in steps_to_target.rows(workload, store)}
+        for gpa in ("gpa-adamw", "gpa-adamw, annealed"):
+            if gpa not in found:
+                continue
+            line = [TITLES[workload], short_title(gpa)]
+            for rival in ("schedule-free-adamw", "diloco-adamw"):
+                pairs = zip(found[gpa].losses, found[rival].losses, strict=True)
+                line.append(steps_to_target.interval(estimate([a - b for a, b in pairs])))
+            lines.append(line)
+    return markdown(("", "", "against Schedule-Free", "against DiLoCo"), lines)
+
+
 def saved_figure(rows: dict[str, list[Row]]) -> Figure:
     """Steps saved to AdamW's final loss: filled as in the paper, hollow by shorter runs."""
     figure = Figure(figsize=(8, 1 + 1.15 * len(rows)), layout="constrained")
@@ -100,6 +116,7 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
             axes.text(max(right, 0) + 0.6, height, name, color=colour, va="center")
             height -= 1
         height -= 1
+    axes.set_ylim(height + 1.5, 0.5)
     axes.axvline(0, color=METHOD_COLOURS[""], linewidth=1)
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_xlabel("Steps saved to the loss at which tuned AdamW ends (%), with 95 % intervals")
@@ -159,7 +176,7 @@ def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Fi
             axes.plot(*zip(*points, strict=True), ".", color=colour, label=short_title(contender))
         axes.set(xscale="log", xlabel="Peak learning rate", title=TITLES[workload])
         rates = WORKLOADS[workload].learning_rates
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
         axes.minorticks_off()
         axes.set_ylim(lowest - 0.01, lowest + 0.25)
     figure.axes[0].set_ylabel("Validation loss at the end (nats)")
@@ -345,6 +362,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     for workload in WORKLOADS:
         found[f"finals-{workload}"] = lambda workload=workload: finals_table(store, workload)
         found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
+    found["rivals"] = lambda: rivals_table(store)
     found["ingredients"] = lambda: markdown(
         ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
     )

@@ -371,7 +371,6 @@ HEADINGS = (
     "",
     "loss at the end",
     "against the baseline",
-    "p",
     "steps saved",
     "steps saved, strictly",
 )
@@ -381,19 +380,23 @@ def cells(row: Row) -> list[str]:
     """A line of the table."""
     loss = f"{np.mean(row.losses):.4f} ± {np.std(row.losses, ddof=1):.4f}"
     if not parts(row.name)[0]:
-        return [title(row.name), loss, "", "", "", ""]
+        return [title(row.name), loss, "", "", ""]
     return [
         title(row.name),
         loss,
-        f"{row.difference.mean:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})",
-        f"{row.difference.p:.1g}",
+        interval(row.difference),
         percent(row.saved) if row.reached else "never there",
         percent(row.saved_strictly) if row.saved_strictly else "",
     ]
 
 
+def interval(difference: Estimate) -> str:
+    mean, low, high, p = difference
+    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}), p = {p:.1g}"
+
+
 def percent(saved: Estimate) -> str:
-    return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%})"
+    return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%}), p = {saved.p:.1g}"
 
 
 def table(workload: str, rows: Sequence[Row]) -> Table | str:

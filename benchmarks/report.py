@@ -44,7 +44,12 @@ matplotlib.rcParams |= {"svg.hashsalt": "gpa-optax", "font.size": 10, "axes.spin
 matplotlib.rcParams |= {"axes.spines.right": False, "legend.frameon": False}
 
 
+MISSING = "Not all runs are there yet.\n"
+
+
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return MISSING
     rows = [headings, ["---"] * len(headings), *lines]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
@@ -56,8 +61,6 @@ def short_title(contender: str) -> str:
 
 def finals_table(store: Store, workload: str) -> str:
     found = steps_to_target.rows(workload, store)
-    if not found:
-        return "Not all runs are there yet.\n"
     return markdown(steps_to_target.HEADINGS, [steps_to_target.cells(row) for row in found])
 
 

@@ -110,8 +110,14 @@ def label(name: Name) -> str:
 SCALES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "sgd": 20.0}
 
 
-def default_settings(name: Name, learning_rate: float, warmup: float) -> Settings:
-    """Where to start from, with a learning rate that is good for AdamW."""
+def default_settings(
+    name: Name, learning_rate: float, warmup: float, small: bool = False
+) -> Settings:
+    """Where to start from, with a learning rate that is good for AdamW.
+
+    A small model is one like those of benchmarks/, and has what was best there: a line to 0; or for
+    GPA around AdamW twice the learning rate, a longer warmup, and then no schedule.
+    """
     method, base = split(name)
     values = {"learning_rate": learning_rate * SCALES[base], "warmup": warmup}
     if base == "lion":
@@ -123,6 +129,11 @@ def default_settings(name: Name, learning_rate: float, warmup: float) -> Setting
         values |= {"b1": 0.0, "mu_y": 0.9} if base in ("adamw", "sgd") else {"mu_y": 0.7}
     if method == "diloco" and base == "sgd":
         values |= {"b1": 0.0}
+    if small and name == "gpa-adamw":
+        values |= {"learning_rate": 2 * learning_rate, "warmup": 0.2}
+        values |= {"schedule": "constant", "average": "lr-weighted"}
+    elif small:
+        values = {"schedule": "linear", **values}
     return Settings(**values)
 
 

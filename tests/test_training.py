@@ -166,7 +166,7 @@ def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
     config = llama(tmp_path)
     train(config)
     faster = dataclasses.replace(config.settings, learning_rate=1.0)
-    with pytest.raises(ValueError, match=r"begun with --learning-rate 0.016, not 1.0"):
+    with pytest.raises(ValueError, match=r"begun with --learning-rate 0.032, not 1.0"):
         train(dataclasses.replace(config, settings=faster))
     out = io.StringIO()
     begin_anew(config.run, Console(file=out, width=500))  # as --no-resume does

@@ -66,8 +66,9 @@ class LlamaFlags(Training):
     @staticmethod
     def preset_settings(preset: Preset, optimizer: Name) -> Settings:
         """The defaults of an optimizer for a preset."""
-        warmup = 0.15 if preset == "tiny" else 0.05
-        return default_settings(optimizer, LEARNING_RATES[preset], warmup)
+        small = preset == "tiny"
+        warmup = 0.15 if small else 0.05
+        return default_settings(optimizer, LEARNING_RATES[preset], warmup, small)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ class ViTFlags(Training):
     @staticmethod
     def preset_settings(preset: Preset, optimizer: Name) -> Settings:
         """The defaults of an optimizer for a preset."""
-        return default_settings(optimizer, LEARNING_RATES[preset], warmup=0.1)
+        return default_settings(optimizer, LEARNING_RATES[preset], 0.1, small=preset == "tiny")
 
 
 @dataclasses.dataclass(frozen=True)

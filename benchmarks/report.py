@@ -91,11 +91,11 @@ def rivals_table(store: Store) -> str:
             if gpa not in found:
                 continue
             line = [TITLES[workload], short_title(gpa)]
-            for rival in ("schedule-free-adamw", "diloco-adamw"):
+            for rival in ("schedule-free-adamw", "diloco-adamw", "ema-adamw"):
                 pairs = zip(found[gpa].losses, found[rival].losses, strict=True)
                 line.append(steps_to_target.interval(estimate([a - b for a, b in pairs])))
             lines.append(line)
-    return markdown(("", "", "against Schedule-Free", "against DiLoCo"), lines)
+    return markdown(("", "", "against Schedule-Free", "against DiLoCo", "against EMA"), lines)
 
 
 def saved_figure(rows: dict[str, list[Row]]) -> Figure:
@@ -212,10 +212,10 @@ def map_figure(losses: list[tuple[float | None, float, float]]) -> Figure:
     image = axes.imshow(grid, cmap="viridis_r", origin="lower", aspect="auto",
                         vmin=lowest, vmax=lowest + 0.3)  # fmt: skip
     for (row, column), loss in np.ndenumerate(grid):
-        name = {(0.7, 300): "\nGPA's default", (0.9, None): "\nSchedule-Free"}.get(
+        name = {(0.7, 300): "\nthe defaults", (0.9, None): "\nSchedule-Free"}.get(
             (mu_ys[row], windows[column]), ""
         )
-        if mu_ys[row] == 0:
+        if mu_ys[row] == 0 and windows[column] is not None:
             name = "\nEMA"
         elif windows[column] is not None and np.isclose(mu_ys[row], 1 - 1 / windows[column]):
             name = "\nNesterov"

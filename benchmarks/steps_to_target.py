@@ -4,7 +4,7 @@ python -m benchmarks.steps_to_target                     # goes on with all stud
 python -m benchmarks.steps_to_target finals --workloads text
 python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
 
-The protocol, which was written down before the runs:
+The protocol; benchmarks/README.md tells what of it was changed during the study, and when:
 
 * **Workloads.** `text`: a Llama of 0.125M parameters on Python's standard library, 1,000 steps of
   32 sequences of 64 tokens. `images`: a ViT of 0.09M parameters on Fashion-MNIST, 1,500 steps of 64
@@ -20,7 +20,8 @@ The protocol, which was written down before the runs:
   the order of the data, so that the runs of one seed are pairs.
 * **Steps to the target.** The target is the loss at the end of the baseline's run with the same
   seed. As in the paper: the first step at which the run is at the target, interpolated between
-  evaluations; a run that never is there counts as one that needed all steps. The strict reading:
+  evaluations; a run that never is there counts as one that needed all steps, so that a saving is
+  never negative: whether there is a difference, the loss at the end tells. The strict reading:
   the shortest run, with its whole schedule, that ends at the target, interpolated between runs of
   70, 80, 90 and 100 % of the steps; of the optimizers whose interval of the difference to the
   baseline's loss at the end is below 0.
@@ -396,7 +397,7 @@ def interval(difference: Estimate) -> str:
 
 
 def percent(saved: Estimate) -> str:
-    return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%}), p = {saved.p:.1g}"
+    return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%})"
 
 
 def table(workload: str, rows: Sequence[Row]) -> Table | str:

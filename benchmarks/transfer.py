@@ -1,12 +1,14 @@
-"""Does GPA's recipe hold where it was not tuned? On other text, a larger model, a longer run.
+"""Does GPA's recipe hold without tuning? Where AdamW was tuned, and on other text, a larger model
+and a longer run.
 
 python -m benchmarks.transfer
 
-The recipe is GPA's setting on the workload `text` of `benchmarks.steps_to_target`, with its
-learning rate as a multiple of AdamW's best one there. On each condition AdamW's learning rate is
-tuned anew: half, once and twice that of `text`, on one seed, and further where the best is the last
-of them. GPA is not tuned: it gets the multiple of what was best for AdamW. Then both are run on
-four other seeds, paired.
+The recipe is README.md's: twice AdamW's learning rate, constant after a warmup of a fifth of the
+run, Schedule-Free's average, b1=0, mu_y=0.9, AdamW's weight decay. On the workloads of
+`benchmarks.steps_to_target` it is run on the seeds of the finals, against AdamW's. On each further
+condition AdamW's learning rate is tuned anew: half, once and twice that of `text`, on one seed, and
+further where the best is the last of them. GPA gets twice what was best. Then both are run on four
+other seeds, paired.
 """
 
 import ast
@@ -15,7 +17,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
@@ -23,10 +25,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import QUICK
-from benchmarks.runs import Store, Study, pursue, settled, together
+from benchmarks import QUICK, steps_to_target
+from benchmarks.runs import Store, Study, pursue, settled
 from benchmarks.steps_to_target import (
     HEADINGS,
+    METHODS,
     RESULTS,
     TRIAL_SEED,
     WORKLOADS,
@@ -38,7 +41,9 @@ from benchmarks.steps_to_target import (
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
+from examples.optimizers import Name, Settings
 from examples.reporting import write_whole
+from examples.training import OneRun
 
 TUNED = "text"
 SEEDS = range(100, 104)
@@ -67,17 +72,25 @@ def docstrings(packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
                 yield text
 
 
+def recipe(base: Settings) -> Settings:
+    """GPA's, for a run in which these are good for AdamW."""
+    return dataclasses.replace(
+        METHODS["gpa"].start,
+        learning_rate=2 * base.learning_rate,
+        weight_decay=base.weight_decay,
+    )
+
+
 def tuned(condition: TrainLlama, store: Store) -> Study:
-    """AdamW's setting on a condition, and GPA's: the recipe."""
-    base, *_ = yield from trials(TUNED, "adamw", store)
-    recipe, *_ = yield from trials(TUNED, "gpa-adamw", store)
-    multiple = recipe.settings.learning_rate / base.settings.learning_rate
+    """AdamW's setting on a condition."""
+    best, *_ = yield from trials(TUNED, "adamw", store)
+    base = best.settings
 
     def attempt(rate: float) -> TrainLlama:
-        settings = dataclasses.replace(base.settings, learning_rate=rate)
+        settings = dataclasses.replace(base, learning_rate=rate)
         return dataclasses.replace(condition, optimizer="adamw", settings=settings, seed=TRIAL_SEED)
 
-    rates = [factor * base.settings.learning_rate for factor in (0.5, 1.0, 2.0)]
+    rates = [factor * base.learning_rate for factor in (0.5, 1.0, 2.0)]
     while True:
         yield [attempt(rate) for rate in rates]
         best = min(rates, key=lambda rate: store[attempt(rate)].loss)
@@ -86,20 +99,16 @@ def tuned(condition: TrainLlama, store: Store) -> Study:
         elif best == rates[-1]:
             rates.append(2 * best)
         else:
-            break
-    return {
-        "adamw": attempt(best).settings,
-        "gpa-adamw": dataclasses.replace(recipe.settings, learning_rate=multiple * best),
-    }
+            return attempt(best).settings
 
 
-def on(condition: TrainLlama, store: Store) -> Study:
+def both(condition: OneRun, base: Settings, seeds: Sequence[int]) -> Study:
     """The runs of both on a condition."""
-    settings = yield from tuned(condition, store)
+    settings: dict[Name, Settings] = {"adamw": base, "gpa-adamw": recipe(base)}
     runs = {
         name: [
             dataclasses.replace(condition, optimizer=name, settings=its, seed=seed)
-            for seed in SEEDS
+            for seed in seeds
         ]
         for name, its in settings.items()
     }
@@ -107,15 +116,26 @@ def on(condition: TrainLlama, store: Store) -> Study:
     return runs
 
 
-def transfers(store: Store) -> Study:
-    return (yield from together({name: on(CONDITIONS[name], store) for name in CONDITIONS}))
+def on_workload(name: str, store: Store) -> Study:
+    base, *_ = yield from trials(name, "adamw", store)
+    return (yield from both(WORKLOADS[name].config, base.settings, steps_to_target.SEEDS))
+
+
+def on_condition(name: str, store: Store) -> Study:
+    base = yield from tuned(CONDITIONS[name], store)
+    return (yield from both(CONDITIONS[name], base, SEEDS))
+
+
+def studies(store: Store) -> dict[str, Study]:
+    found = {f"the workload {name}": on_workload(name, store) for name in WORKLOADS}
+    return found | {name: on_condition(name, store) for name in CONDITIONS}
 
 
 def rows(store: Store) -> dict[str, list[Row]]:
     """What came of each condition whose runs are all there: AdamW, then GPA."""
     found = {}
-    for name, condition in CONDITIONS.items():
-        runs = settled(on(condition, store), store)
+    for name, study in studies(store).items():
+        runs = settled(study, store)
         if runs is not None:
             found[name] = [
                 outcome(contender, same, runs["adamw"], (), store)
@@ -126,10 +146,10 @@ def rows(store: Store) -> dict[str, list[Row]]:
 
 def lines(found: dict[str, list[Row]]) -> Iterator[list[str]]:
     """Those of the table, with the learning rates, and without the strict reading."""
-    for name, both in found.items():
-        for row in both:
+    for name, pair in found.items():
+        for row in pair:
             rate = f"{row.settings.learning_rate:.2g}"
-            yield [name if row is both[0] else "", rate, *cells(row)[:-1]]
+            yield [name if row is pair[0] else "", rate, *cells(row)[:-1]]
 
 
 COLUMNS = ("", "learning rate", *HEADINGS[:-1])
@@ -148,7 +168,8 @@ def main() -> int:
     console, store = Console(), Store(RESULTS)
     DOCSTRINGS.parent.mkdir(parents=True, exist_ok=True)
     write_whole(DOCSTRINGS, "".join(json.dumps({"text": t}) + "\n" for t in docstrings()))
-    pursue(transfers(store), store, flags.workers, console)
+    for study in studies(store).values():
+        pursue(study, store, flags.workers, console)
     table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
     for line in lines(rows(store)):
         table.add_row(*line)

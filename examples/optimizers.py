@@ -115,8 +115,9 @@ def default_settings(
 ) -> Settings:
     """Where to start from, with a learning rate that is good for AdamW.
 
-    A small model is one like those of benchmarks/, and has what was best there: a line to 0; or for
-    GPA around AdamW twice the learning rate, a longer warmup, and then no schedule.
+    A small model is one like those of benchmarks/, and has the schedule that was best for AdamW
+    there: a line to 0; or for GPA around AdamW twice the learning rate, a longer warmup, and then
+    no schedule.
     """
     method, base = split(name)
     values = {"learning_rate": learning_rate * SCALES[base], "warmup": warmup}

@@ -170,29 +170,24 @@ def test_what_is_around_a_base_is_tuned_with_the_schedule_that_suits_the_base():
 
 
 @pytest.mark.parametrize(("best", "rates"), [(8e-3, 3), (2.1e-3, 5), (3e-2, 5)])
-def test_the_recipe_is_carried_over_with_a_multiple_of_adamws_learning_rate(best, rates):
-    """AdamW is best at 1e-2 on text, and somewhere else on a condition, where GPA is not tuned."""
+def test_where_the_recipe_is_tried_adamw_is_tuned_and_gpa_is_not(best, rates):
+    """AdamW is best at 8e-3 on text, and somewhere else on a condition."""
 
     def loss(config):
-        on_text = config.model.dim == 64
-        gpa = config.optimizer.startswith("gpa")
-        there = 3e-2 if gpa else 8e-3 if on_text else best
+        there = 8e-3 if config.model.dim == 64 else best
         return 2 + math.log(config.settings.learning_rate / there) ** 2
 
     store = Imagined(loss)
-    condition = transfer.CONDITIONS["a Llama of 0.25M parameters"]
-    base, recipe = (
-        settled(trials("text", name, store), store)[0].settings for name in ("adamw", "gpa-adamw")
-    )
-    store.asked.clear()
-    settings = settled(transfer.tuned(condition, store), store)
-    multiple = recipe.learning_rate / base.learning_rate
-    assert settings["gpa-adamw"] == dataclasses.replace(
-        recipe, learning_rate=multiple * settings["adamw"].learning_rate
-    )
+    name = "a Llama of 0.25M parameters"
+    base = settled(transfer.tuned(transfer.CONDITIONS[name], store), store)
     tried = [c for c in store.asked.values() if c.model.dim == 96]
     assert {c.optimizer for c in tried} == {"adamw"}
     assert len(tried) == rates
+    runs = settled(transfer.on_condition(name, store), store)
+    for adamw, gpa in zip(runs["adamw"], runs["gpa-adamw"], strict=True):
+        assert adamw.seed == gpa.seed != steps_to_target.TRIAL_SEED
+        assert adamw.settings == base
+        assert gpa.settings.learning_rate == 2 * base.learning_rate
 
 
 def test_the_other_text_is_what_modules_say_about_themselves():

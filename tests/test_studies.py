@@ -48,8 +48,9 @@ def test_a_run_of_a_study_is_the_trainers(tmp_path):
     train(config)
     stored = dict(History.read(config.run).losses())
     curve = dict(zip(record["curve"]["step"], record["curve"]["loss"], strict=True))
-    assert curve[12] == pytest.approx(stored[12], abs=2e-6)
-    assert curve[4] == pytest.approx(stored[4], abs=2e-6)
+    # The trainer shares the batch among eight devices here: float32 sums in another order.
+    assert curve[12] == pytest.approx(stored[12], rel=1e-5)
+    assert curve[4] == pytest.approx(stored[4], rel=1e-5)
 
 
 def test_a_stored_run_is_found_again_whatever_changes_nothing_in_it(tmp_path):

@@ -61,7 +61,11 @@ def short_title(contender: str) -> str:
 
 def finals_table(store: Store, workload: str) -> str:
     found = steps_to_target.rows(workload, store)
-    return markdown(steps_to_target.HEADINGS, [steps_to_target.cells(row) for row in found])
+    strict = any(row.saved_strictly for row in found)
+    columns = slice(None if strict else -1)  # the last is the strict reading
+    return markdown(
+        steps_to_target.HEADINGS[columns], [steps_to_target.cells(row)[columns] for row in found]
+    )
 
 
 def trials_table(store: Store, workload: str) -> str:

@@ -15,13 +15,15 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from benchmarks import processor
 from examples import training
@@ -164,6 +166,16 @@ def settled(study: Study, store: Store) -> Any:
                 return None
         except StopIteration as stop:
             return stop.value
+
+
+def table(
+    headings: Sequence[str], lines: Iterable[Sequence[str]], title: str | None = None
+) -> Table:
+    """What a study says, for the console."""
+    found = Table(*headings, title=title, box=box.SIMPLE_HEAD)
+    for line in lines:
+        found.add_row(*line)
+    return found
 
 
 def take_core(cores: Any) -> None:

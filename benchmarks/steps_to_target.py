@@ -15,7 +15,8 @@ The protocol; benchmarks/README.md tells what of it was changed during the study
   The trial with the lowest loss at the end is the optimizer's setting. A base optimizer (AdamW,
   Muon) has three more: its eight are with a cosine to 0; then, at the best of them, with a cosine
   to 10 %, with a line to 0, and constant and then a line to 0. What is around a base is tuned with
-  the schedule that suits the base best; Schedule-Free and GPA around AdamW have none.
+  the schedule that suits the base best; Schedule-Free and GPA around AdamW have none. GPA is there
+  a second time, annealed, with the base's schedule and eight trials of its own.
 * **Finals.** Each optimizer at its setting on fresh seeds. A seed decides the initialization and
   the order of the data, so that the runs of one seed are pairs.
 * **Steps to the target.** The target is the loss at the end of the baseline's run with the same
@@ -41,13 +42,12 @@ from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
 from benchmarks import QUICK
-from benchmarks.runs import Result, Store, Study, execute, pursue, settled, together
+from benchmarks.runs import Result, Store, Study, execute, pursue, settled, table, together
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
 from examples.optimizers import Name, Settings, label, split
@@ -400,13 +400,10 @@ def percent(saved: Estimate) -> str:
     return f"{saved.mean:.1%} ({saved.low:.1%} to {saved.high:.1%})"
 
 
-def table(workload: str, rows: Sequence[Row]) -> Table | str:
+def on_console(workload: str, rows: Sequence[Row]) -> Table | str:
     if not rows:
         return f"{workload}: not all runs are there yet."
-    result = Table(*HEADINGS, title=f"{workload}, {len(rows[0].losses)} seeds", box=box.SIMPLE_HEAD)
-    for row in rows:
-        result.add_row(*cells(row))
-    return result
+    return table(HEADINGS, map(cells, rows), f"{workload}, {len(rows[0].losses)} seeds")
 
 
 STUDIES = {"finals": finals, "shorter": shorter}
@@ -450,17 +447,21 @@ def main() -> int:
             if not found:
                 console.print(f"Left out: the finals of {workload} are not all stored yet.")
         execute(runs, anew, flags.workers, console)
-        lines = Table("", "loss at the end", "stored", box=box.SIMPLE_HEAD)
-        for run in runs:
-            name = f"{title(run.optimizer)}, {run.steps} steps of {run.batch_size}"
-            lines.add_row(name, f"{anew[run].loss:.4f}", f"{store[run].loss:.4f}")
-        console.print(lines)
+        lines = (
+            (
+                f"{title(run.optimizer)}, {run.steps} steps of {run.batch_size}",
+                f"{anew[run].loss:.4f}",
+                f"{store[run].loss:.4f}",
+            )
+            for run in runs
+        )
+        console.print(table(("", "loss at the end", "stored"), lines))
         return 0
     for workload in flags.workloads:
         for name in flags.studies:
             study = STUDIES[name](workload, store, range(flags.seeds))
             pursue(study, store, flags.workers, console)
-        console.print(table(workload, rows(workload, store, range(flags.seeds))))
+        console.print(on_console(workload, rows(workload, store, range(flags.seeds))))
     return 0
 
 

@@ -21,15 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import QUICK, steps_to_target
-from benchmarks.runs import Store, Study, pursue, settled
+from benchmarks.runs import Store, Study, pursue, settled, table
 from benchmarks.steps_to_target import (
     HEADINGS,
-    METHODS,
     RESULTS,
     TRIAL_SEED,
     WORKLOADS,
@@ -41,7 +38,7 @@ from benchmarks.steps_to_target import (
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
-from examples.optimizers import Name, Settings
+from examples.optimizers import Name, Settings, default_settings
 from examples.reporting import write_whole
 from examples.training import OneRun
 
@@ -73,12 +70,9 @@ def docstrings(packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
 
 
 def recipe(base: Settings) -> Settings:
-    """GPA's, for a run in which these are good for AdamW."""
-    return dataclasses.replace(
-        METHODS["gpa"].start,
-        learning_rate=2 * base.learning_rate,
-        weight_decay=base.weight_decay,
-    )
+    """GPA's, for a run in which these are good for AdamW: what the trainer does by default."""
+    settings = default_settings("gpa-adamw", base.learning_rate, base.warmup, small=True)
+    return dataclasses.replace(settings, weight_decay=base.weight_decay)
 
 
 def tuned(condition: TrainLlama, store: Store) -> Study:
@@ -170,10 +164,7 @@ def main() -> int:
     write_whole(DOCSTRINGS, "".join(json.dumps({"text": t}) + "\n" for t in docstrings()))
     for study in studies(store).values():
         pursue(study, store, flags.workers, console)
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
-    for line in lines(rows(store)):
-        table.add_row(*line)
-    console.print(table)
+    console.print(table(COLUMNS, lines(rows(store))))
     return 0
 
 

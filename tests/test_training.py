@@ -313,6 +313,36 @@ def test_schedules(schedule, numbers):
         assert float(learning_rate(step)) == pytest.approx(value, abs=1e-6), step
 
 
+# A window of 10 of 100 steps, a learning rate that grows in 20 and falls to a half in 40 more.
+@pytest.mark.parametrize(
+    ("average", "weights"),
+    [
+        ("annealed", {0: 1.0, 4: 1 / 2, 20: 1 / 10, 60: 1 / 5, 99: 1.0}),
+        ("warmed-up", {0: 1.0, 4: 1 / 5, 20: 1 / 10, 99: 1 / 10}),
+        ("constant", {0: 1 / 10, 99: 1 / 10}),
+        ("polynomial", {0: 1.0, 4: 1 / 5, 99: 1 / 100}),
+        ("lr-weighted", {1: 1.0, 2: 4 / 5, 20: 1 / (sum((i / 20) ** 2 for i in range(20)) + 1)}),
+    ],
+)
+def test_averages(average, weights):
+    settings = Settings(1.0, schedule="linear", warmup=0.2, window=0.1, average=average)
+    mu_x = optimizers.average(settings, optimizers.schedule(settings, 100), 100)
+    for step, weight in weights.items():
+        now = mu_x(step) if callable(mu_x) else mu_x
+        assert 1 - float(now) == pytest.approx(weight, abs=1e-5), step
+
+
+def test_the_smallest_presets_have_the_recipe_of_the_readme():
+    for kind in (TrainLlama, TrainViT):
+        adamw, gpa = (kind.preset_settings("tiny", name) for name in ("adamw", "gpa-adamw"))
+        assert adamw.schedule == "linear"
+        assert gpa.learning_rate == 2 * adamw.learning_rate
+        assert (gpa.warmup, gpa.b1, gpa.mu_y) == (0.2, 0.0, 0.9)
+        assert (gpa.schedule, gpa.average) == ("constant", "lr-weighted")
+    large = TrainLlama.preset_settings("8b", "gpa-adamw")
+    assert (large.schedule, large.average) == ("cosine", "annealed")
+
+
 @pytest.mark.parametrize("name", optimizers.NAMES)
 def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
     model = dataclasses.replace(SMALL, layers=1)

@@ -126,7 +126,10 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
     axes.set_ylim(height + 1.5, 0.5)
     axes.axvline(0, color=METHOD_COLOURS[""], linewidth=1)
     axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.set_xlabel("Steps saved to the loss at which tuned AdamW ends (%), with 95 % intervals")
+    axes.set_xlabel(
+        "Steps saved to the loss at which tuned AdamW ends (%), with 95 % intervals\n"
+        "filled: by when a run of the same length is there; hollow: by a shorter run of its own"
+    )
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
     return figure

@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -46,11 +48,10 @@ REFERENCE = "optax.adamw"
 class Config:
     """Measures what one update costs on this CPU."""
 
-    sizes: tuple[str, ...] = (
-        "1M/100", "10M/1000", "40M/40", "llama-160m",
-    )  # fmt: skip
+    sizes: tuple[str, ...] = ("1M/10", "1M/100", "10M/1000", "40M/40", "llama-160m")
     """Millions of float32 parameters / leaves of equal size, or llama- and a preset of
-    examples.llama for its shapes."""
+    examples.llama for its shapes. What the file has of other sizes is kept, if the versions are the
+    same."""
     rounds: int = 21
     """Timed updates of each optimizer; 7 are enough where they take longer than 6 seconds."""
     compilations: int = 3
@@ -69,12 +70,11 @@ def main() -> int:
     console = Console()
     stored = to_store(flags)
     stored["versions"] |= torch_versions()
+    before = json.loads(flags.out.read_text()) if flags.out.exists() else {}
     result = {
         **stored,
-        "date": time.strftime("%Y-%m-%d"),
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
         "schedulers": SCHEDULERS,
         "meaning": {
             "load": "processes that ran on this machine on average in the minute before",
@@ -87,28 +87,39 @@ def main() -> int:
             "trace_seconds": "tracing and lowering",
             "compilations": "quartiles of tracing, lowering and compiling, in turns",
         },
-        "updates": [],
-        "compilations": [],
     }
-    for scheduler in SCHEDULERS:
-        for size in flags.sizes:
-            where = {"scheduler": scheduler, "size": size}
-            with console.status(f"{size}, {scheduler} scheduler"):
-                rows = in_process(scheduler, measure, size, flags.rounds)
-                if size.endswith("/1000"):
-                    times = in_process(scheduler, compile_in_turns, size, flags.compilations)
-                    result["compilations"] += [{**where, **row} for row in times]
-            result["updates"] += [{**where, **row} for row in rows]
-            console.print(show(f"{size}, {scheduler} scheduler", rows))
+    kinds = ("updates", "compilations")
+    same = before.get("versions") == stored["versions"]
+    measured = {kind: before[kind] if same else [] for kind in kinds}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(flags.out, result)
-    for row in result["compilations"]:
-        console.print(
-            f"To trace and compile {row['optimizer']}, {row['size']}, {row['scheduler']} "
-            f"scheduler: {row['seconds'][1]:.1f} s, {row['ratio'][1]:.2f}x."
-        )
+    for scheduler, size in itertools.product(SCHEDULERS, flags.sizes):
+        where = {"scheduler": scheduler, "size": size}
+        when = {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 2)}
+        with console.status(f"{size}, {scheduler} scheduler"):
+            new = {"updates": in_process(scheduler, measure, size, flags.rounds)}
+            if size.endswith("/1000"):
+                new["compilations"] = in_process(
+                    scheduler, compile_in_turns, size, flags.compilations
+                )
+        console.print(show(f"{size}, {scheduler} scheduler", new["updates"]))
+        for row in new.get("compilations", []):
+            console.print(
+                f"To trace and compile {row['optimizer']}: {row['seconds'][1]:.1f} s, "
+                f"{row['ratio'][1]:.2f}x."
+            )
+        for kind, rows in new.items():
+            kept = [row for row in measured[kind] if row != row | where]
+            measured[kind] = kept + [{**where, **row, **when} for row in rows]
+        write_json(flags.out, result | {kind: in_order(measured[kind]) for kind in kinds})
     console.print(f"All numbers: {flags.out}.")
     return 0
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As if all had been measured in one go: by scheduler, and then by size."""
+    sizes = sorted({row["size"] for row in rows} - set(Config.sizes))
+    places = list(itertools.product(SCHEDULERS, (*Config.sizes, *sizes)))
+    return sorted(rows, key=lambda row: places.index((row["scheduler"], row["size"])))
 
 
 def in_process(scheduler: str, function: Callable, *arguments: Any) -> Any:

@@ -166,37 +166,45 @@ def gpa(
     ) -> tuple[optax.Updates, GPAState]:
         check_update("gpa", updates, params, state.x)
         x, y = state.x, full_precision_y(state, params)
-        z = recover_z(x, y, state.mu_y)
-        grads = jax.tree.map(lambda g, z: jnp.asarray(g, z.dtype), updates, z)
+        to_z = from_y_to_z(x, y, state.mu_y)
+        grads = jax.tree.map(lambda g, y: jnp.asarray(g, y.dtype), updates, y)
         base_updates, base_state = base_optimizer.update(
-            grads, state.base_state, z if base_params == "z" else y, **extra_args
+            grads, state.base_state, _sum(y, to_z) if base_params == "z" else y, **extra_args
         )
 
         weight_of_z = _one_minus(mu_x, state.count)
         mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
-        z = optax.apply_updates(z, base_updates)
-        new_x = jax.tree.map(lambda x, z: _lerp(x, z, weight_of_z).astype(x.dtype), x, z)
-        y = jax.tree.map(lambda x, z: _lerp(z, x, mu_y_now), new_x, z)
+        # z' and y' by how far they are from y, which keeps the digits of a step that z' itself has
+        # no room for. Without them the rounding of y' leans to one side where mu_y is a multiple of
+        # 0.1, and z goes astray with the number of steps, not with its root.
+        to_z = optax.apply_updates(to_z, base_updates)
+        new_x = jax.tree.map(
+            lambda x, y, to_z: (x + _like(weight_of_z, y) * (y - x + to_z)).astype(x.dtype),
+            *(x, y, to_z),
+        )
+        to_y = jax.tree.map(
+            lambda x, y, to_z: _lerp(to_z, x.astype(y.dtype) - y, mu_y_now), new_x, y, to_z
+        )
 
-        new_updates = difference(y, params)
-        if _dtypes(x) == _dtypes(z):
+        new_y = _sum(y, to_y)
+        new_updates = to_y if state.y is None else difference(new_y, params)
+        if _dtypes(x) == _dtypes(y):
             # The same x once more, now as a point between the old one and y. It needs z no longer,
             # which XLA's CPU backend, whose kernels write one array each, would keep for it, of all
             # leaves at once. A narrower x is rounded, and y was made of it: it stays.
-            end = optax.apply_updates(params, new_updates) if state.y is None else y
             weight_of_y = weight_of_z / (1 - mu_y_now + mu_y_now * weight_of_z)
-            new_x = jax.tree.map(lambda x, y: _lerp(x, y, weight_of_y), x, end)
+            new_x = jax.tree.map(lambda x, y: _lerp(x, y, weight_of_y), x, new_y)
             if state.y is not None:
                 # The params of y by way of x: a TPU's compiler writes all three in one kernel if
                 # each is made of the one before, but not if y is read for both others.
-                end = jax.tree.map(lambda x, y: x + (y - x), new_x, y)
+                end = jax.tree.map(lambda x, y: x + (y - x), new_x, new_y)
                 new_updates = difference(end, params)
 
         return new_updates, GPAState(
             count=optax.safe_increment(state.count),
             mu_y=mu_y_now,
             x=new_x,
-            y=None if state.y is None else y,
+            y=None if state.y is None else new_y,
             base_state=base_state,
         )
 
@@ -204,10 +212,15 @@ def gpa(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
 
 
-def recover_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
-    """z = x + (y - x) / (1 - mu_y), in the form that is exact where mu_y = 0 or x = y."""
-    ratio = mu_y / (1 - mu_y)
-    return jax.tree.map(lambda x, y: y + _like(ratio, y) * (y - x.astype(y.dtype)), x, y)
+def from_y_to_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
+    """z - y = mu_y / (1 - mu_y) * (y - x), of which x + (y - x) / (1 - mu_y) is z.
+
+    As a product and a quotient: the rounding of the ratio would move z to the same side at each
+    update.
+    """
+    return jax.tree.map(
+        lambda x, y: _like(mu_y, y) * (y - x.astype(y.dtype)) / _like(1 - mu_y, y), x, y
+    )
 
 
 def full_precision_y(state: GPAState, params: Any) -> Any:
@@ -217,6 +230,10 @@ def full_precision_y(state: GPAState, params: Any) -> Any:
 def difference(new: Any, params: Any) -> Any:
     """The update that takes the params to `new`, in the params' dtype."""
     return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
+
+
+def _sum(tree: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: a + b, tree, other)
 
 
 def _dtypes(tree: Any) -> list[jnp.dtype]:

@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from gpa_optax._diloco import SingleWorkerDiLoCoState
-from gpa_optax._gpa import GPAState, full_precision_y, recover_z
+from gpa_optax._gpa import GPAState, from_y_to_z, full_precision_y
 
 
 class Iterates(NamedTuple):
@@ -112,7 +112,8 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
                 f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
                 "Call jax.vmap(iterates)(opt_state, params)."
             )
-        found.append((x, y, recover_z(x, y, mu_y)))
+        z = jax.tree.map(lambda y, to_z: y + to_z, y, from_y_to_z(x, y, mu_y))
+        found.append((x, y, z))
     x, y, z = (
         _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)
     )

@@ -218,8 +218,9 @@ def from_y_to_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
     As a product and a quotient: the rounding of the ratio would move z to the same side at each
     update.
     """
+    rest = 1 - mu_y
     return jax.tree.map(
-        lambda x, y: _like(mu_y, y) * (y - x.astype(y.dtype)) / _like(1 - mu_y, y), x, y
+        lambda x, y: _like(mu_y, y) * (y - x.astype(y.dtype)) / _like(rest, y), x, y
     )
 
 

@@ -63,23 +63,27 @@ tables: $(VENV)/bench
 
 # The plugins are taken without what they depend on: to compile takes no CUDA.
 plans:
-	$(MAKE) $(VENV)-plans/examples,test VENV=$(VENV)-plans
-	$(VENV)-plans/bin/python -m pip install --quiet 'jax[tpu]'
+	test -x $(VENV)-plans/bin/python || $(PYTHON) -m venv $(VENV)-plans
+	$(VENV)-plans/bin/python -m pip install --quiet --editable '.[examples,test]' 'jax[tpu]'
 	version=$$($(VENV)-plans/bin/python -c 'import jax; print(jax.__version__)') && \
 		$(VENV)-plans/bin/python -m pip install --quiet --no-deps \
 		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
 	$(VENV)-plans/bin/python -m pytest tests/test_planning.py tests/test_costs.py $(ARGS)
 
 test-oldest:
-	PIP_CONSTRAINT=.ci/oldest.txt $(MAKE) $(VENV)-oldest/test VENV=$(VENV)-oldest
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable '.[test]'
 	$(VENV)-oldest/bin/python -m pytest -n 2 $(ARGS)
 
 test-examples-oldest:
-	PIP_CONSTRAINT=.ci/oldest-examples.txt $(MAKE) $(VENV)-examples-oldest/examples,test VENV=$(VENV)-examples-oldest
-	$(VENV)-examples-oldest/bin/python -m pytest -n 2 $(ARGS)
+	test -x $(VENV)-examples/bin/python || $(PYTHON) -m venv $(VENV)-examples
+	$(VENV)-examples/bin/python -m pip install --quiet --constraint .ci/oldest-examples.txt \
+		--editable '.[bench,test]'
+	$(VENV)-examples/bin/python -m pytest -n 2 $(ARGS)
 
 test-nightly:
-	$(MAKE) $(VENV)-nightly/test VENV=$(VENV)-nightly
+	test -x $(VENV)-nightly/bin/python || $(PYTHON) -m venv $(VENV)-nightly
+	$(VENV)-nightly/bin/python -m pip install --quiet --editable '.[test]'
 	$(VENV)-nightly/bin/python -m pip install --quiet --upgrade $(NIGHTLY)
 	$(VENV)-nightly/bin/python -m pytest -n 2 $(ARGS)
 

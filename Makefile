@@ -1,17 +1,29 @@
-# Everything runs in .venv, which each target makes if it is not there.
+# Everything runs in .venv, which each target makes if it is not there. .ci/run runs most of them in turn.
 #
-#   make demo    trains a small Llama with AdamW and with GPA, and compares them
-#   make test    runs the tests
-#   make bench   runs the short form of every benchmark
-#   make lint    checks style and types
-#   make build   builds the wheel and sdist, and tries each in an empty environment
+#   make demo          trains a small Llama with AdamW and with GPA, and compares them
+#   make test          runs the tests
+#   make bench         runs the short form of every benchmark
+#   make lint          checks style, types, and the form of the workflows and CITATION.cff
+#   make build         builds the wheel and sdist twice, compares them, and tries each in an empty environment
+#
+#   make tables        checks that the tables and figures of the documentation are those of the results
+#   make plans         compiles training steps for TPUs and NVIDIA GPUs that are not there
+#   make test-oldest   runs the tests on the oldest supported versions of everything
+#   make test-examples-oldest   the same for the examples
+#   make test-nightly  runs the tests on the versions of tomorrow
+#   make audit         looks for known vulnerabilities in what is installed
+#   make optional      installs what some tests use and skip without: PyTorch, Fashion-MNIST
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench lint build clean
+# Nightly builds of JAX, and the next Optax and Flax.
+NIGHTLY := --pre --extra-index-url https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/ jax jaxlib \
+	'optax @ git+https://github.com/google-deepmind/optax' 'flax @ git+https://github.com/google/flax'
+
+.PHONY: demo test bench lint build tables plans test-oldest test-examples-oldest test-nightly audit optional clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -31,18 +43,68 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 build: $(VENV)/dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/python .ci/check_built.py dist
 	for built in dist/*.whl dist/*.tar.gz; do \
 		rm -rf $(VENV)-built && $(PYTHON) -m venv $(VENV)-built && \
 		$(VENV)-built/bin/python -m pip install --quiet $$built && \
 		$(VENV)-built/bin/python -I .ci/check_installed.py || exit 1; \
 	done
 
+tables: $(VENV)/bench
+	$(BIN)/python -m benchmarks.report --check
+
+# The plugins are taken without what they depend on: to compile takes no CUDA.
+plans:
+	test -x $(VENV)-plans/bin/python || $(PYTHON) -m venv $(VENV)-plans
+	$(VENV)-plans/bin/python -m pip install --quiet --editable '.[examples,test]' 'jax[tpu]'
+	version=$$($(VENV)-plans/bin/python -c 'import jax; print(jax.__version__)') && \
+		$(VENV)-plans/bin/python -m pip install --quiet --no-deps \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	$(VENV)-plans/bin/python -m pytest tests/test_planning.py tests/test_costs.py $(ARGS)
+
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint .ci/oldest.txt --editable '.[test]'
+	$(VENV)-oldest/bin/python -m pytest -n 2 $(ARGS)
+
+test-examples-oldest:
+	test -x $(VENV)-examples/bin/python || $(PYTHON) -m venv $(VENV)-examples
+	$(VENV)-examples/bin/python -m pip install --quiet --constraint .ci/oldest-examples.txt \
+		--editable '.[bench,test]'
+	$(VENV)-examples/bin/python -m pytest -n 2 $(ARGS)
+
+test-nightly:
+	test -x $(VENV)-nightly/bin/python || $(PYTHON) -m venv $(VENV)-nightly
+	$(VENV)-nightly/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-nightly/bin/python -m pip install --quiet --upgrade $(NIGHTLY)
+	$(VENV)-nightly/bin/python -m pytest -n 2 $(ARGS)
+
+audit: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --upgrade pip pip-audit
+	$(BIN)/pip-audit --skip-editable $(ARGS)
+
+# The CPU build of PyTorch, if there is one for this Python; Fashion-MNIST as Debian ships it.
+optional: $(VENV)/examples,test
+	if $(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $(VENV)/torch \
+			'torch==2.13.0+cpu' 2>/dev/null; then \
+		$(BIN)/python -m pip install --quiet $(VENV)/torch/torch-*.whl schedulefree && \
+		$(BIN)/python -m pip install --quiet --editable '.[transformers]'; \
+	else \
+		echo "no CPU build of PyTorch for this Python here"; \
+	fi
+	apt-get install --quiet --quiet --yes dataset-fashion-mnist >/dev/null 2>&1 || \
+		echo "no package dataset-fashion-mnist here"
+
 clean:
-	rm -rf $(VENV) $(VENV)-built dist
+	rm -rf $(VENV) $(VENV)-* dist
 
 # One stamp for each extra; a newer pyproject.toml installs again.
 $(VENV)/%: pyproject.toml

@@ -1,4 +1,5 @@
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Before JAX starts: the sharding tests need several devices.
@@ -22,6 +23,17 @@ import pytest
 # Random examples would make CI fail by chance where float32 meets a discontinuity.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_report_header():
+    """The versions that these tests ran on."""
+    found = []
+    for package in ("jax", "jaxlib", "optax", "flax", "equinox", "orbax-checkpoint", "numpy"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
 
 
 @pytest.fixture

@@ -29,8 +29,9 @@ FREE = {
     "run", "out", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
     "max_bad_steps", "distributed", "data.cache",
 }  # fmt: skip
-# Orbax would warn of each checkpoint that is saved between two evaluations.
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Orbax would warn of each checkpoint that is saved between two evaluations, and show the whole
+# traceback of an error in its threads, which it raises as well.
+absl.logging.set_verbosity(absl.logging.FATAL)
 PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 
 

@@ -73,6 +73,11 @@ def last_line(run):
     return json.loads(lines[-1]) if lines else {"step": 0}
 
 
+def file_number(run):
+    path = run / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
 def moment(run):
     """What a run is doing, or was when it ended, as its folder shows."""
     folder = run / "checkpoints"
@@ -94,8 +99,10 @@ def whole_checkpoints(run):
 def kill_at(arguments, run, wanted, after, chooser, log):
     """Starts the command, and kills it at a random one of such moments after that step."""
     with log.open("w") as output:
+        before = file_number(run)
         process = start(arguments, output)
-        while last_line(run)["step"] < after:
+        # What the folder shows is of the run before until this one has made the file anew.
+        while file_number(run) == before or last_line(run)["step"] < after:
             wait(process, log)
         while True:
             wait(process, log)
@@ -148,8 +155,9 @@ def stopped_by_sigterm(arguments, run, after, folder):
     """Returns the step of the checkpoint that it wrote before it ended."""
     log = folder / "sigterm.txt"
     with log.open("w") as output:
+        before = file_number(run)
         process = start(arguments, output)
-        while last_line(run)["step"] < after:
+        while file_number(run) == before or last_line(run)["step"] < after:
             wait(process, log)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)  # as from a scheduler and from its shell

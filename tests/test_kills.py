@@ -78,16 +78,15 @@ def file_number(run):
     return path.stat().st_ino if path.exists() else None
 
 
-def moment(run):
-    """What a run is doing, or was when it ended, as its folder shows."""
-    folder = run / "checkpoints"
+def moments(run):
+    """What a run is doing, or was when it ended, as its folder shows. A checkpoint is written
+    while training goes on."""
+    folder, last = run / "checkpoints", last_line(run)
     if folder.exists() and any("tmp" in path.name for path in folder.iterdir()):
-        return MOMENTS[2]
-    last = last_line(run)
-    if "loss" not in last:
-        return "between these"
-    # The line of a step comes before its evaluation, and the evaluation's line after it.
-    return MOMENTS[1] if last["step"] % EVERY == 0 else MOMENTS[0]
+        yield "in a checkpoint write"
+    if "loss" in last:
+        # The line of a step comes before its evaluation, and the evaluation's line after it.
+        yield "in an evaluation" if last["step"] % EVERY == 0 else "in a step"
 
 
 def whole_checkpoints(run):
@@ -106,14 +105,14 @@ def kill_at(arguments, run, wanted, after, chooser, log):
             wait(process, log)
         while True:
             wait(process, log)
-            if moment(run) == wanted and chooser.random() < 0.5:
+            if wanted in moments(run) and chooser.random() < 0.5:
                 process.send_signal(signal.SIGSTOP)  # it stays at this moment while it is looked at
-                if moment(run) == wanted:
+                if wanted in moments(run):
                     break
                 process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, log.read_text()
-    assert moment(run) == wanted
+    assert wanted in moments(run)
 
 
 def wait(process, log):

@@ -1,13 +1,172 @@
-"""Checkpoints of a run, by orbax: the training state and the position in the data."""
+"""Checkpoints of a run, by orbax: the training state and the position in the data.
 
+Each holds the digests of its files. Orbax restores garbled arrays without complaint, so what is
+restored is checked against them before anything reads it.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
+from orbax.checkpoint.path import atomicity
+
+from examples.command_line import free_name
+
+DIGESTS = "digests.json"
+# Orbax writes these two when all the others are there; they say when that was, and nothing of them
+# is restored.
+LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+class DamagedError(ValueError):
+    """A checkpoint that must not be restored."""
+
+
+class WithDigests(atomicity.AtomicRenameTemporaryPath):
+    """The folder that a checkpoint, or an item of it, is written in. It gets the digests when all
+    is written, by the process that then renames it: a checkpoint without them was never whole."""
+
+    async def finalize(self) -> None:
+        if self.get_final().name.isdecimal():  # a step, not an item
+            folder = Path(self.get())
+            (folder / DIGESTS).write_text(json.dumps(digests(folder), indent=1) + "\n")
+        await super().finalize()
+
+
+def digests(folder: Path, item: str = "") -> dict[str, str]:
+    """SHA-256 of each file that a restored checkpoint depends on, by its path in the folder; of all
+    items, or of one.
+
+    Of files, not of arrays: so the position in the data has one too, and it is the same whatever
+    devices and processes write or read the arrays.
+    """
+    files = (path for path in (folder / item).rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(folder)) for path in files)
+    names = [name for name in names if name not in (DIGESTS, *LAST)]
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def check(folder: Path, abstract_state: Any) -> None:
+    """Checks that a checkpoint is as it was written, and one of this model.
+
+    Args:
+      folder: the checkpoint's, with its step as name.
+      abstract_state: shapes and dtypes that are expected.
+
+    Raises:
+      DamagedError: if not, in one sentence that names the checkpoint and what is wrong.
+    """
+    check_files(folder)
+    stored = described(ocp.StandardCheckpointHandler().metadata(epath.Path(folder, "state")))
+    expected = described(abstract_state)
+    for name in sorted(stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise DamagedError(
+                f"The checkpoint {folder} is of another model or optimizer: {name} is "
+                f"{stored.get(name, 'missing')} there, and {expected.get(name, 'nothing')} here."
+            )
+
+
+def check_files(folder: Path, item: str = "") -> None:
+    """Checks the digests of all files, or of one item's."""
+
+    def damaged(why: str) -> DamagedError:
+        return DamagedError(f"The checkpoint {folder} is damaged: {why}.")
+
+    try:
+        wanted = json.loads((folder / DIGESTS).read_bytes())
+        wanted = {name: digest for name, digest in wanted.items() if name.startswith(item)}
+    except FileNotFoundError:
+        raise damaged(f"it has no {DIGESTS}, which is written when all the rest is") from None
+    except (ValueError, AttributeError):
+        raise damaged(f"its {DIGESTS} is not what was written") from None
+    found = digests(folder, item)
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            raise damaged(f"its file {name} is missing")
+        if found[name] != wanted.get(name):
+            size = (folder / name).stat().st_size
+            raise damaged(f"its file {name} ({size:,} bytes) is not what was written")
+
+
+def described(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}"
+        f"[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def newest_good(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> int:
+    """The step of the newest checkpoint that passes `check`; 0 if there is none at all.
+
+    Newer ones are moved to a folder beside this one, and `say` is told why. Only one of several
+    processes reads them.
+
+    Raises:
+      DamagedError: if there are checkpoints and all are damaged; they stay where they are.
+    """
+    step, error = 0, DamagedError(f"No checkpoint in {folder} can be restored.")
+    if jax.process_index() == 0:
+        try:
+            step = set_aside(folder, abstract_state, say)
+        except DamagedError as newest:
+            step, error = -1, newest
+    if jax.process_count() > 1:
+        step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+    if step < 0:
+        raise error
+    return step
+
+
+def set_aside(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> int:
+    found = folder.iterdir() if folder.exists() else []
+    steps = sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
+    good, damaged = 0, {}
+    for step in steps:
+        path = folder / str(step)
+        try:
+            if not good:
+                check(path, abstract_state)
+                good = step
+            # Of the older ones orbax reads the losses now and nothing else. One that was just being
+            # deleted lacks files, which does no harm.
+            elif (path / "metrics" / "metrics").exists() and (path / DIGESTS).exists():
+                check_files(path, "metrics/")
+        except DamagedError as error:
+            damaged[path] = error
+    if damaged and not good:
+        newest, *others = damaged.values()
+        rest = "No other can be restored either; " if others else ""
+        raise DamagedError(
+            f"{newest} {rest}--no-resume renames the folder of the run and starts anew."
+        )
+    aside = folder.with_name(f"{folder.name}.damaged")
+    for path, error in damaged.items():
+        aside.mkdir(exist_ok=True)
+        place = free_name(aside / path.name)
+        path.rename(place)
+        say(f"{error} It is {place} now.")
+    return good
 
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
@@ -19,6 +178,7 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
         best_fn=quality,  # without it the losses are not stored, and a resumed run knows no best
         enable_async_checkpointing=True,
         cleanup_tmp_directories=True,
+        temporary_path_class=WithDigests,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -26,6 +186,43 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
 def quality(metrics: dict[str, float]) -> float:
     """More is better, and what is no number is worst."""
     return -metrics["loss"] if math.isfinite(metrics["loss"]) else -math.inf
+
+
+@contextlib.contextmanager
+def opened(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """As `open_checkpoints`; closed at the end, when what is being written is written."""
+    manager = open_checkpoints(folder, keep)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            manager.close()
+        raise
+    manager.close()
+
+
+@contextlib.contextmanager
+def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Has errors of the thread that writes say in a sentence what failed, and what there is yet."""
+    try:
+        yield
+    except Exception as error:  # of orbax, tensorstore or the system, of many types
+        last = manager.latest_step()
+        kept = "there is none yet" if last is None else f"the last whole one is that of step {last}"
+        raise OSError(
+            f"A checkpoint could not be written to {manager.directory} ({reason(error)}); {kept}."
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, out of the many lines that orbax and tensorstore put around it."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until all is written. Raises OSError if that failed."""
+    with writing(manager):
+        manager.wait_until_finished()
 
 
 def save(
@@ -36,13 +233,16 @@ def save(
     loss: float | None,
 ) -> None:
     """Copies the state to the host and returns; a thread writes it while training goes on."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
-        ),
-        metrics=None if loss is None else {"loss": loss},
-    )
+    items = {
+        "state": ocp.args.StandardSave(state),
+        "data": grain.checkpoint.CheckpointSave(batches),
+    }
+    with writing(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(**items),
+            metrics=None if loss is None else {"loss": loss},
+        )
 
 
 def restore(
@@ -51,8 +251,8 @@ def restore(
     abstract_state: Any,
     batches: grain.DatasetIterator | None = None,
 ) -> Any:
-    """The state of that step, placed as `abstract_state` says: on one device or on many, whatever
-    it was saved from. `batches` is set to where it was.
+    """The state of that step, which `check` has passed, placed as `abstract_state` says: on one
+    device or on many, whatever it was saved from. `batches` is set to where it was.
 
     Raises:
       ValueError: if the data's position was saved by another number of processes.

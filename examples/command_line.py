@@ -22,13 +22,16 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.markup import escape
 
+from examples.reporting import read_json
+
 # Flags that change nothing in what a run computes: a run may go on with other values of these.
 FREE = {
     "run", "out", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
-    "distributed", "data.cache",
+    "max_bad_steps", "distributed", "data.cache",
 }  # fmt: skip
-# Orbax would warn of each checkpoint that is saved between two evaluations.
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Orbax would warn of each checkpoint that is saved between two evaluations, and show the whole
+# traceback of an error in its threads, which it raises as well.
+absl.logging.set_verbosity(absl.logging.FATAL)
 PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -89,17 +92,18 @@ def keep_memory() -> None:
 
 
 def run_command(command: Callable[[Sequence[str], Console], int], arguments=None) -> int:
-    """Runs a command; what the user can put right ends in one sentence and exit status 2."""
+    """Runs a command; what the user can put right ends in one sentence and exit status 2, numbers
+    that are not finite in one and status 3."""
     console = Console()
     keep_memory()
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         # Not on the command's console, which is quiet in all processes but the first.
         who = f"Process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
         message = f"[red]{escape(who + str(error))}[/]"
         Console(stderr=True).print(message, highlight=False, emoji=False, soft_wrap=True)
-        return 2
+        return 3 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
         return 130
@@ -108,11 +112,17 @@ def run_command(command: Callable[[Sequence[str], Console], int], arguments=None
 def begin_anew(folder: Path, console: Console) -> None:
     """Renames a folder that is there, so that nothing in it is lost."""
     if folder.exists() and jax.process_index() == 0:
-        free = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-        folder.rename(f"{folder}.{free}")
-        console.print(f"{folder} is {folder}.{free} now.", highlight=False, soft_wrap=True)
+        renamed = free_name(folder)
+        folder.rename(renamed)
+        console.print(f"{folder} is {renamed} now.", highlight=False, soft_wrap=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"begin anew in {folder}")
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number after it that nothing there has."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def check_run(config: Any) -> None:
@@ -124,9 +134,7 @@ def check_run(config: Any) -> None:
     path = config.run / "config.json"
     if not path.exists():
         return
-    before, now = (
-        decisive(tree) for tree in (json.loads(path.read_text())["config"], to_json(config))
-    )
+    before, now = (decisive(tree) for tree in (read_json(path)["config"], to_json(config)))
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if old != new:

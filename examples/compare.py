@@ -109,8 +109,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
         soft_wrap=True,
     )
     for name in config.optimizers:
-        done = run(configs[name], console, data)
-        if done < config.steps:
+        end = run(configs[name], console, data)
+        if end.done < config.steps:
             break
     if jax.process_index() > 0:
         return 0
@@ -126,8 +126,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
         soft_wrap=True,
     )
     if len(complete) < len(config.optimizers):
-        console.print(reporting.stopped(done, config.resume))
-        return 130
+        console.print(reporting.stopped(end.done, config.resume))
+        return end.status
     return 0
 
 

@@ -3,12 +3,14 @@
 metrics.jsonl is the record: the table and the plot are made from it, of one run or of several.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +21,9 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -73,8 +77,18 @@ def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file that are whole: a crash may cut the last one."""
     if not path.exists():
         return []
-    *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _ = path.read_bytes().split(b"\n")
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, a line of it is not JSON: {error}.") from None
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}.") from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -84,8 +98,22 @@ def write_json(path: Path, values: Any) -> None:
 def write_whole(path: Path, text: str) -> None:
     """All of it or nothing, whenever the process may end."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        with naming(path):
+            partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an error of the system, such as a full disk, say which file it is about: those of writing
+    to an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Report:
@@ -111,6 +139,10 @@ class Report:
         self.active = jax.process_index() == 0
         self.waiting: list[tuple[dict[str, jax.Array], float]] = []
         self.status, self.validation_loss = "", "0"
+        self.bad_steps = 0
+        """Steps of the run that changed nothing, because a number was not finite."""
+        self.bad_in_a_row = self.worst_row = 0
+        """How many the last ones are, and the most that followed each other since `begin`."""
         self.since = time.perf_counter()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -131,8 +163,15 @@ class Report:
         before = records(path) if done else []
         kept = [record for record in before if record["step"] <= done and "size" not in record]
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.bad_steps = sum(record.get("bad_steps", 0) for record in kept)
+        # Not tensorboardX's SummaryWriter, whose thread ends when the disk is full and leaves the
+        # training waiting for it.
+        events = self.folder / "tensorboard" / "events"
+        events.parent.mkdir(exist_ok=True)
+        self.board = EventsWriter(str(events))
+        start = SessionLog(status=SessionLog.START)  # hides what is stored of this step and later
+        self.board.write_event(Event(step=done + 1, session_log=start))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
         self.write(done, size=sizes(state, memory))
         self.progress.start()
         self.task = self.progress.add_task(self.title, total=self.steps, completed=done, status="")
@@ -154,20 +193,38 @@ class Report:
         steps, waited = len(self.waiting), sum(waited for _, waited in self.waiting)
         self.waiting.clear()
         self.since = time.perf_counter()
+        good = [bool(value.pop("good")) for value in values]
+        self.count_bad(good)
         if not self.active:
             return
+        bad = steps - sum(good)
+        if bad:
+            self.console.print(
+                f"[red]{self.title}: {bad} of the {steps} steps up to {done} changed nothing: "
+                "their loss or gradient is no finite number.[/]",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
         rate = steps * self.units_per_step / elapsed
+        if bad < steps:
+            values = list(itertools.compress(values, good))
         means = {name: float(np.mean([value[name] for value in values])) for name in values[0]}
         self.write(
             done,
             **means,
-            learning_rate=float(self.learning_rate(done - 1)),
+            **({"bad_steps": bad} if bad else {}),
+            learning_rate=float(self.learning_rate(max(0, done - 1 - self.bad_steps))),
             seconds_per_step=elapsed / steps,
             input_seconds_per_step=waited / steps,
             **{f"{self.unit}_per_second": rate},
         )
         self.status = f"loss {means['loss']:.3f}  {rate:,.0f} {self.unit}/s"
         self.show(done)
+
+    def count_bad(self, good: list[bool]) -> None:
+        for one in good:
+            self.bad_in_a_row = 0 if one else self.bad_in_a_row + 1
+            self.worst_row = max(self.worst_row, self.bad_in_a_row)
+        self.bad_steps += len(good) - sum(good)
 
     def show(self, done: int) -> None:
         status = f"{self.status}  validation {self.validation_loss}"
@@ -176,6 +233,8 @@ class Report:
     def evaluated(self, done: int, validation: dict[str, dict[str, float]]) -> None:
         if self.active:
             self.write(done, validation=validation)
+            with naming(self.folder / "tensorboard"):
+                self.board.flush()
             loss = validation["x"]["loss"]
             if not math.isfinite(loss) and math.isfinite(float(self.validation_loss)):
                 self.console.print(f"[red]{self.title}: at step {done} the loss is {loss}.[/]")
@@ -188,15 +247,19 @@ class Report:
         self.since = time.perf_counter()  # an evaluation is no part of a step
 
     def write(self, step: int, **values: Any) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in flat(values):
-            self.board.add_scalar(name, value, step)
+        with naming(self.folder / "metrics.jsonl"):
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in flat(values)]
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        with naming(self.folder / "tensorboard"):
+            self.board.write_event(event)
 
     def close(self) -> None:
         if hasattr(self, "file"):
             self.progress.stop()
-            self.file.close()
-            self.board.close()
+            for file in (self.file, self.board):
+                with contextlib.suppress(OSError):  # a full disk, of which `write` has told
+                    file.close()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

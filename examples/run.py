@@ -1,7 +1,6 @@
 """One training run, from the command line to its summary."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from rich.console import Console
 
 from examples import optimizers, reporting
 from examples.command_line import begin_anew, check_run, parse, peek, to_store
-from examples.reporting import History, Report
-from examples.training import Data, OneRun, train
+from examples.reporting import History, Report, read_json
+from examples.training import Data, End, OneRun, train
 
 
 def train_command(kind: type, program: str, arguments: Sequence[str], console: Console) -> int:
@@ -22,7 +21,7 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
     console.quiet = jax.process_index() > 0
     if not config.resume:
         begin_anew(config.run, console)
-    done = run(config, console)
+    end = run(config, console)
     runs = {optimizers.label(config.optimizer): History.read(config.run)}
     if jax.process_index() == 0 and all(history.validation for history in runs.values()):
         reporting.plot(runs, config.run / "summary.png")
@@ -32,9 +31,9 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
         highlight=False,
         soft_wrap=True,
     )
-    if done < config.steps:
-        console.print(reporting.stopped(done, config.resume))
-        return 130
+    if end.done < config.steps:
+        console.print(reporting.stopped(end.done, config.resume))
+        return end.status
     return 0
 
 
@@ -56,7 +55,7 @@ def parse_run(kind: type, program: str, arguments: Sequence[str]) -> OneRun:
     return config
 
 
-def run(config: OneRun, console: Console, data: Data | None = None) -> int:
+def run(config: OneRun, console: Console, data: Data | None = None) -> End:
     """Trains, or goes on with the run in `config.run`; what it measures is in its folder.
 
     Args:
@@ -65,10 +64,11 @@ def run(config: OneRun, console: Console, data: Data | None = None) -> int:
       data: the opened data, if there is any already.
 
     Returns:
-      The updates made in all.
+      The updates made in all, and what stopped them.
 
     Raises:
       ValueError: if flags or data do not fit, before anything is compiled.
+      Exception: what `train` raises.
     """
     if data is None:
         with console.status("Opening the data"):
@@ -103,7 +103,7 @@ def check_files(folder: Path, files: Mapping[str, Any]) -> None:
     """
     for name, content in files.items():
         path = folder / name
-        if path.exists() and json.loads(path.read_text()) != content:
+        if path.exists() and read_json(path) != content:
             raise ValueError(
                 f"{folder} holds a run that was begun with other data, as its {name} shows; give "
                 "that data to go on with it, another --run, or --no-resume to rename it and start "

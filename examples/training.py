@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -54,10 +56,13 @@ class Training:
     """Go on with what is in the folder. --no-resume renames it and starts anew."""
     log_every: int = 10
     """Updates from one line of metrics to the next."""
+    max_bad_steps: int = 10
+    """Steps in a row with a loss or gradient that is no finite number, at which the run ends. A
+    step like that changes neither the params nor the optimizer's state."""
 
     def __post_init__(self):
         counts = ("steps", "batch_size", "accumulate", "evaluate_every", "keep", "log_every")
-        for name in (*counts, "validation_examples"):
+        for name in (*counts, "max_bad_steps", "validation_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{optimizers.flag(name)} must be at least 1, got {value}.")
@@ -133,6 +138,21 @@ class State(NamedTuple):
     key: jax.Array
 
 
+class End(NamedTuple):
+    """How training ended."""
+
+    done: int
+    """Updates made in all."""
+    stopped_by: signal.Signals | None
+    """What stopped it before the last one, if anything did."""
+
+    @property
+    def status(self) -> int:
+        """For the command to exit with. Who sends SIGTERM wants the run to end, and it did, with
+        nothing lost; Ctrl-C is to end a script that goes on with something else, too."""
+        return 130 if self.stopped_by == signal.SIGINT else 0
+
+
 class Program(NamedTuple):
     """What is compiled for a run, and the shapes and places of what goes in and out."""
 
@@ -168,12 +188,25 @@ def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
     def mean_loss(params: optax.Params, rows: Batch, key: jax.Array) -> jax.Array:
         return task.metrics(nnx.merge(graph, params), rows, key)["loss"].mean()
 
+    # A branch, because it is compiled as it is without one: same bits, same memory, in place. A
+    # jnp.where would be fused with the update, which rounds otherwise then, and holds copies on a
+    # CPU. optax.apply_if_finite reads all gradients once more, does not look at the loss, and lets
+    # what is not finite pass when there was too much of it.
+    def update(
+        grads: optax.Updates, params: optax.Params, opt_state: optax.OptState
+    ) -> tuple[optax.Params, optax.OptState]:
+        updates, opt_state = recipe.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
         loss, grads = accumulate(jax.value_and_grad(mean_loss), state.params, batch, keys)
-        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        grad_norm = optax.tree.norm(grads)  # no finite number if any element is none
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.lax.cond(
+            good, update, lambda _, *unchanged: unchanged, grads, state.params, state.opt_state
+        )
+        metrics = {"loss": loss, "grad_norm": grad_norm, "good": good}
         return State(state.step + 1, params, opt_state, state.key), metrics
 
     def evaluate(params: optax.Params, batch: Batch) -> dict[str, jax.Array]:
@@ -239,7 +272,7 @@ def place(batch: Batch, mesh: Mesh, parts: int | None = None) -> Batch:
     return {name: move(rows) for name, rows in batch.items()}
 
 
-def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) -> int:
+def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) -> End:
     """Trains from the start, or from the run's last checkpoint, to the last step or a signal.
 
     Args:
@@ -250,7 +283,13 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
       how: passed on to `data`, such as the length of its sequences.
 
     Returns:
-      The updates made in all.
+      The updates made in all, and the signal that stopped them, if one did.
+
+    Raises:
+      FloatingPointError: after --max-bad-steps steps in a row with a loss or gradient that is no
+        finite number.
+      OSError: if a checkpoint or a line of metrics could not be written.
+      checkpoints.DamagedError: if the run has checkpoints and none can be restored.
     """
     mesh = make_mesh(config.fsdp)
     program = build(config, task, mesh)
@@ -259,16 +298,20 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
     batches = data.train(config.batch_size, config.seed, *process, **how)
     validation = data.validation(config.validation_examples, part, *process, **how)
     folder = config.run / "checkpoints"
+
+    def say(line: str) -> None:
+        report.console.print(f"{report.title}: {line}", highlight=False, soft_wrap=True)
+
+    done = checkpoints.newest_good(folder, program.state, say)
     with (
         jax.set_mesh(mesh),
         contextlib.closing(batches),
-        contextlib.closing(checkpoints.open_checkpoints(folder, config.keep)) as manager,
-        stop_requests(manager) as stop_requested,
+        checkpoints.opened(folder, config.keep) as manager,
+        stop_requests(manager) as stop,
     ):
-        done = manager.latest_step() or 0
         if done == config.steps:
-            report.console.print(f"{report.title}: all {done} steps are done already.")
-            return done
+            say(f"all {done} steps are done already.")
+            return End(done, None)
         if done:
             state = checkpoints.restore(manager, done, program.state, batches)
         else:
@@ -286,13 +329,16 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
 
         if not done:
             report.evaluated(0, evaluate())
-        while done < config.steps and not stop_requested(done):
+        while done < config.steps and not stop.requested(done):
             start = time.perf_counter()
             batch = place(next(batches), mesh, config.accumulate)
             waited = time.perf_counter() - start
             state, metrics = step(state, batch)
             done += 1
             report.stepped(done, metrics, waited)
+            if report.worst_row >= config.max_bad_steps:
+                checkpoints.finish(manager)
+                raise FloatingPointError(too_many_bad_steps(config, done, manager.latest_step()))
             if done % config.evaluate_every == 0 or done == config.steps:
                 report.flush(done)  # so that evaluating is no part of a step's time
                 values = evaluate()
@@ -301,8 +347,18 @@ def train(config: OneRun, task: Task, data: Data, report: Report, **how: Any) ->
         report.flush(done)
         if done != manager.latest_step():
             checkpoints.save(manager, done, state, batches, loss=None)
-        manager.wait_until_finished()
-    return done
+        checkpoints.finish(manager)
+    return End(done, stop.received)
+
+
+def too_many_bad_steps(config: OneRun, done: int, last: int | None) -> str:
+    kept = "There is no checkpoint yet"
+    if last is not None:
+        kept = f"The last checkpoint, {config.run / 'checkpoints' / str(last)}, is kept"
+    return (
+        f"By step {done}, {config.max_bad_steps} steps in a row had a loss or gradient that is no "
+        f"finite number; they changed nothing. {kept}; --max-bad-steps allows more."
+    )
 
 
 def mean_metrics(program: Program, params: optax.Params, batches: Any) -> dict[str, float]:
@@ -317,27 +373,46 @@ def mean_metrics(program: Program, params: optax.Params, batches: Any) -> dict[s
     return {name: value / count for name, value in totals.items()}
 
 
-@contextlib.contextmanager
-def stop_requests(manager) -> Iterator[Callable[[int], bool]]:
-    """Gives a function that tells whether to save and stop: after Ctrl-C or SIGTERM.
+@dataclasses.dataclass
+class Stop:
+    """Whether to save and stop: after Ctrl-C or SIGTERM.
 
-    A second Ctrl-C interrupts at once. With several processes only SIGTERM counts, and orbax makes
-    them agree on the step.
+    With several processes only SIGTERM counts, and orbax makes them agree on the step.
     """
-    if jax.process_count() > 1:
-        yield manager.reached_preemption
-        return
-    received = []
 
-    def receive(number, frame):
-        if received:
+    manager: ocp.CheckpointManager
+    received: signal.Signals | None = None
+    """The one that asked for it."""
+
+    def requested(self, done: int) -> bool:
+        if jax.process_count() > 1 and self.manager.reached_preemption(done):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+    def receive(self, number: int, frame: Any) -> None:
+        """The handler. A second Ctrl-C interrupts at once; SIGTERM may come from several senders,
+        and a second one changes nothing."""
+        if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
-        received.append(number)
-        print("\nStopping after this step; Ctrl-C again stops at once, without a checkpoint.")
+        if self.received is None:
+            # Not print: what is interrupted may be printing.
+            os.write(
+                2, b"\nStopping after this step; Ctrl-C stops at once, without a checkpoint.\n"
+            )
+            self.received = signal.Signals(number)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextlib.contextmanager
+def stop_requests(manager: ocp.CheckpointManager) -> Iterator[Stop]:
+    stop = Stop(manager)
+    if jax.process_count() > 1:
+        yield stop
+        return
+    before = {
+        number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield lambda done: bool(received)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

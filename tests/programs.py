@@ -16,7 +16,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 from rich.console import Console
 
-from examples import sharding, training
+from examples import checkpoints, sharding, training
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
@@ -100,3 +100,23 @@ def built(config, devices: int = 1):
     batch = {"tokens": tokens.astype(np.int32)}
     with jax.set_mesh(mesh):
         return program, program.initial(), training.place(batch, mesh, config.accumulate)
+
+
+def saved(config, step, devices=1, fsdp=1):
+    """The state in a run's checkpoint of that step."""
+    config = dataclasses.replace(config, fsdp=fsdp)
+    program = training.build(
+        config, config.task(), sharding.make_mesh(fsdp, jax.devices()[:devices])
+    )
+    with checkpoints.opened(config.run / "checkpoints", keep=100) as manager:
+        return checkpoints.restore(manager, step, program.state)
+
+
+def assert_same(one, other):
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(one),
+        jax.tree_util.tree_leaves_with_path(other),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))

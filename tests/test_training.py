@@ -21,7 +21,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
-from programs import SMALL, built, llama, on_devices, train
+from programs import SMALL, assert_same, built, llama, on_devices, saved, train
 from rich.console import Console
 
 from examples import checkpoints, optimizers
@@ -40,25 +40,6 @@ ROOT = Path(__file__).parent.parent
 def one_device(monkeypatch):
     with on_devices(1, monkeypatch):
         yield
-
-
-def saved(config, step, devices=1, fsdp=1):
-    """The state in a run's checkpoint of that step."""
-    program, _, _ = built(dataclasses.replace(config, fsdp=fsdp), devices)
-    manager = checkpoints.open_checkpoints(config.run / "checkpoints", keep=100)
-    state = checkpoints.restore(manager, step, program.state)
-    manager.close()
-    return state
-
-
-def assert_same(one, other):
-    for (path, a), (_, b) in zip(
-        jax.tree_util.tree_leaves_with_path(one),
-        jax.tree_util.tree_leaves_with_path(other),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
 
 def interrupt_after(step, monkeypatch):

@@ -2,7 +2,6 @@
 they belong to. The corpus is not needed."""
 
 import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from examples import checkpoints
 from examples.command_line import from_json
 from examples.llama.model import Llama
 from examples.llama.train import TrainLlama
-from examples.reporting import History
+from examples.reporting import History, read_json
 from examples.sharding import make_mesh
 from examples.training import build
 
@@ -42,7 +41,7 @@ def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
       checkpoint: the last one, the one with the lowest validation loss, or that of a step.
 
     Raises:
-      ValueError: if that is no run of a Llama, or has no such checkpoint.
+      ValueError: if that is no run of a Llama, or has no such checkpoint, or it is damaged.
     """
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     # Not `open_checkpoints`, which deletes what a trainer may just be writing.
@@ -51,6 +50,7 @@ def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
     with contextlib.closing(ocp.CheckpointManager(path, options=options)) as manager:
         step = choose(folder, manager.all_steps(), checkpoint)
         program = build(config, config.task(), make_mesh(1, [host()]))
+        checkpoints.check(path / str(step), program.state)
         state = checkpoints.restore(manager, step, program.state)
     x = program.recipe.evaluated(state.opt_state, state.params)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config.model, nnx.Rngs(0))))
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> TrainLlama:
     if not path.is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no config.json.")
     try:
-        return from_json(TrainLlama, json.loads(path.read_text())["config"])
+        return from_json(TrainLlama, read_json(path)["config"])
     except KeyError as error:
         raise ValueError(
             f"{path} lacks {error.args[0]}: the run is not of a Llama, or was made by another "
@@ -74,7 +74,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no tokenizer.json: the command that trained writes it.")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(f"{path} is damaged, it is no tokenizer: {error}.") from None
     tokenizer.post_processor = None  # what other people's tokenizers put before a text
     return tokenizer
 

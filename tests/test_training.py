@@ -150,16 +150,24 @@ def test_a_loss_that_is_no_number_is_never_the_best():
     assert max(losses, key=lambda loss: checkpoints.quality({"loss": loss})) == 2.5
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    config = llama(tmp_path)
-    train(config)
-    data = config.run / "checkpoints" / "12" / "data"
-    (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
-    manager = checkpoints.open_checkpoints(config.run / "checkpoints", keep=2)
-    program, _, _ = built(config)
-    with pytest.raises(ValueError, match="another number of processes than the 1 of now"):
-        checkpoints.restore(manager, 12, program.state, batches=iter([]))
-    manager.close()
+def test_the_position_in_the_data_is_put_together_from_all_processes(tmp_path):
+    def write(process, content, count=2):
+        (tmp_path / f"process_{process}-of-{count}.json").write_text(content)
+
+    write(0, '{"0": {"used": 3}}')
+    with pytest.raises(ValueError, match=r"Cannot read the position .*/process_1-of-2.json: .*No"):
+        checkpoints.position(tmp_path)
+    for content in ("", "[1, 2]", "\0\0\0"):
+        write(1, content)
+        with pytest.raises(ValueError, match=r"Cannot read the position .*/process_1-of-2.json: "):
+            checkpoints.position(tmp_path)
+    write(1, '{"0": {"used": 4}, "1": {"used": 3}}')
+    with pytest.raises(ValueError, match=r"process_1-of-2.json contradicts the other files"):
+        checkpoints.position(tmp_path)
+    write(1, '{"0": {"used": 3}, "1": {"used": 5}}')
+    assert checkpoints.position(tmp_path) == {"0": {"used": 3}, "1": {"used": 5}}
+    with pytest.raises(ValueError, match=r"Cannot read the position in the data in .*0-of-1.json"):
+        checkpoints.position(tmp_path / "absent")
 
 
 def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):

@@ -13,13 +13,13 @@ without the barrier at which JAX would wait for them.
 """
 
 import ctypes
+import io
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
 
 from rich.console import Console
 
@@ -49,45 +49,49 @@ def watch_the_others() -> None:
     # in seconds: time for the thread to read what was written before, whatever this thread holds.
     native = ctypes.CDLL(None)
     native.signal(signal.SIGABRT, native.sleep)
-    lines = open(read, errors="replace")  # noqa: SIM115, as long as the process lives
-    threading.Thread(target=pass_on, args=(lines,), daemon=True, name="native stderr").start()
+    native_stderr = open(read, "rb")  # noqa: SIM115, for as long as the process lives
+    threading.Thread(target=pass_on, args=(native_stderr,), daemon=True, name="stderr").start()
 
 
-def pass_on(lines: Iterable[str]) -> None:
-    """Passes native messages on to stderr, but those of a coordination service that gives up."""
-    page: list[str] = []
+def pass_on(native_stderr: io.BufferedReader) -> None:
+    """Passes messages on to stderr, but those of a coordination service that gives up."""
+    page = ""
     coordination = False
-    for line in lines:
-        if NATIVE.match(line):
-            coordination = FATAL in line or any(name in line for name in COORDINATION)
-        if FATAL in line:
-            threading.Timer(1, end_because, [page]).start()  # by then the page is complete
-        if coordination:
-            page.append(line)
-        else:
-            sys.stderr.write(line)
+    for line in native_stderr:
+        text = line.decode(errors="replace")
+        if NATIVE.match(text):
+            coordination = FATAL in text or any(name in text for name in COORDINATION)
+        if not coordination:
+            sys.stderr.write(text)
+            continue
+        page += text
+        if FATAL in text:
+            time.sleep(1)  # until all of the page is there, of which nobody says where it ends
+            os.set_blocking(native_stderr.fileno(), False)
+            page += (native_stderr.read() or b"").decode(errors="replace")
+            say(sentence(page))
+            leave(1)
 
 
-def end_because(page: Iterable[str]) -> None:
-    say(
-        f"{who_is_gone(''.join(page))} gone, killed or ended by an error that it tells itself: "
-        "start all processes again with the same command, and the run goes on from its last "
-        "checkpoint."
-    )
-    leave(1)
-
-
-def who_is_gone(page: str) -> str:
-    """The beginning of a sentence, from what the coordination service writes."""
+def sentence(page: str) -> str:
+    """What a page of the coordination service means, and what to do."""
+    if "RegisterTask" in page:
+        return (
+            "The processes did not meet in time: start all of them, each with the address of "
+            "process 0 as --coordinator."
+        )
     lines = [line for block in UNHEALTHY.findall(page) for line in block.split()]
-    named = {int(re.search(r"\d+$", line)[0]) for line in lines}
-    named |= {int(number) for number in TIMEOUT.findall(page)}
-    if not named and "Failed to send RPC to coordination service" in page:
-        named = {0}  # which runs the service
-    if not named:
-        return "Another process of this run is"
-    numbers = ", ".join(map(str, sorted(named)))
-    return f"Process {numbers} of this run is" if len(named) == 1 else f"Processes {numbers} are"
+    gone = {int(re.search(r"\d+$", line)[0]) for line in lines}
+    gone |= {int(number) for number in TIMEOUT.findall(page)}
+    if not gone and "Failed to send RPC to coordination service" in page:
+        gone = {0}  # which runs the service
+    numbers = ", ".join(map(str, sorted(gone)))
+    who = f"Process {numbers} is" if len(gone) == 1 else f"Processes {numbers} are"
+    return (
+        f"{who if gone else 'Another process is'} gone, killed or ended by an error that it tells "
+        "itself: start all processes again with the same command, and the run goes on from its "
+        "last checkpoint."
+    )
 
 
 def wait_for_news() -> None:

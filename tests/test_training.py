@@ -3,10 +3,8 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
-from programs import SMALL, built, llama, on_devices, train
+from programs import ROOT, SMALL, built, environment, free_port, llama, on_devices, train
 from rich.console import Console
 
 from examples import checkpoints, optimizers
@@ -32,8 +30,6 @@ from examples.optimizers import Settings
 from examples.reporting import History, Report
 from examples.vit.train import TrainViT
 from gpa_optax import iterates
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -400,12 +396,6 @@ def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):
     assert singular.max() < 2 * singular.min()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def processes(config, count, tmp_path, *flags):
     """Runs `python -m examples.llama` in so many processes; returns the curve of losses."""
     folder = tmp_path / f"run-of-{count}"
@@ -417,15 +407,13 @@ def processes(config, count, tmp_path, *flags):
         "--data.cache", tmp_path / "cache", "--learning-rate", "1e-3", *flags,
     ]  # fmt: skip
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["JAX_PLATFORMS"] = "cpu"
     running = []
     for process in range(count):
         who = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
                "--process", str(process)] if count > 1 else []  # fmt: skip
         running.append(
             subprocess.Popen(
-                [*map(str, command), *who], cwd=ROOT, env=environment, text=True,
+                [*map(str, command), *who], cwd=ROOT, env=environment(), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip

@@ -252,18 +252,36 @@ def restore(
     batches: grain.DatasetIterator | None = None,
 ) -> Any:
     """The state of that step, which `check` has passed, placed as `abstract_state` says: on one
-    device or on many, whatever it was saved from. `batches` is set to where it was.
+    device or on many, whatever it was saved from. `batches` is set to where it was, whatever number
+    of processes saved it.
 
     Raises:
-      ValueError: if the data's position was saved by another number of processes.
+      ValueError: if the position in the data is not whole, or is one in other data.
     """
-    items = {"state": ocp.args.StandardRestore(abstract_state)}
     if batches is not None:
-        saved = {path.name for path in Path(manager.directory, str(step), "data").iterdir()}
-        if f"process_{jax.process_index()}-of-{jax.process_count()}.json" not in saved:
-            raise ValueError(
-                f"The checkpoint of step {step} in {manager.directory} was written by another "
-                f"number of processes than the {jax.process_count()} of now; resume with as many."
-            )
-        items["data"] = grain.checkpoint.CheckpointRestore(batches)
-    return manager.restore(step, args=ocp.args.Composite(**items)).state
+        batches.set_state(position(Path(manager.directory, str(step), "data")))
+        batches.start_prefetch()
+    return manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+    ).state
+
+
+def position(folder: Path) -> dict[str, Any]:
+    """The position in the data: what each process saved of its own share, as one.
+
+    Raises:
+      ValueError: if a part is missing, damaged, or contradicts another.
+    """
+    parts = sorted(folder.glob("process_*-of-*.json"))
+    count = int(parts[0].stem.rpartition("-")[2]) if parts else 1
+    whole: dict[str, Any] = {}
+    for path in (folder / f"process_{process}-of-{count}.json" for process in range(count)):
+        try:
+            part = json.loads(path.read_text())
+            agrees = all(whole.get(name, value) == value for name, value in part.items())
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"Cannot read the position in the data in {path}: {error}.") from error
+        if not agrees:
+            raise ValueError(f"{path} contradicts the other files beside it.")
+        whole |= part
+    return whole

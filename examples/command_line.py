@@ -9,6 +9,7 @@ import itertools
 import json
 import platform
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ import jax
 import tyro
 from jax.experimental import multihost_utils
 from rich.console import Console
-from rich.markup import escape
 
+from examples import peers
 from examples.reporting import read_json
 
 # Flags that change nothing in what a run computes: a run may go on with other values of these.
@@ -62,8 +63,14 @@ class Distributed:
             return
         if any(given) and not all(given):
             raise ValueError("Give --coordinator, --processes and --process together, or none.")
+        peers.watch_the_others()
         try:
-            jax.distributed.initialize(self.coordinator, self.processes, self.process)
+            jax.distributed.initialize(
+                self.coordinator,
+                self.processes,
+                self.process,
+                heartbeat_timeout_seconds=peers.SILENCE,
+            )
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--distributed: {error}") from error
 
@@ -93,20 +100,31 @@ def keep_memory() -> None:
 
 def run_command(command: Callable[[Sequence[str], Console], int], arguments=None) -> int:
     """Runs a command; what the user can put right ends in one sentence and exit status 2, numbers
-    that are not finite in one and status 3."""
+    that are not finite in one and status 3.
+
+    One of several processes that fails does not wait for the others.
+    """
     console = Console()
     keep_memory()
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
     except (ValueError, OSError, FloatingPointError) as error:
-        # Not on the command's console, which is quiet in all processes but the first.
         who = f"Process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
-        message = f"[red]{escape(who + str(error))}[/]"
-        Console(stderr=True).print(message, highlight=False, emoji=False, soft_wrap=True)
-        return 3 if isinstance(error, FloatingPointError) else 2
+        peers.say(f"{who}{error}")
+        status = 3 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
-        return 130
+        status = 130
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if isinstance(error, RuntimeError):  # as a collective raises, and JAX in general
+            peers.wait_for_news()
+        traceback.print_exc()
+        status = 1
+    if jax.distributed.is_initialized():
+        peers.leave(status)
+    return status
 
 
 def begin_anew(folder: Path, console: Console) -> None:

@@ -5,7 +5,8 @@ like a param (x, y, moments, momenta), are split over `fsdp` by the same rule an
 `data`: GPA reads a param and its x on the device that holds both, and adds no communication.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +54,35 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         lambda path, leaf: NamedSharding(mesh, partition(path, leaf.shape, mesh.shape["fsdp"])),
         tree,
     )
+
+
+def in_order(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch (parts, rows of a part, ...) of which each of several processes has every so-manyth
+    row: split over the mesh, with the rows in the order that they have with one process.
+
+    So dropout meets the same rows with any number of processes. One all-to-all moves each row once,
+    which is little beside what a step does with it.
+    """
+    by_process, merge = merging()
+    with jax.set_mesh(by_process):
+        split = NamedSharding(by_process, PartitionSpec(None, "device", "process"))
+        merged = merge(jax.make_array_from_process_local_data(split, rows[:, :, None]))
+    # Moves nothing, unless the mesh has its devices in another order, as on some TPUs.
+    return jax.device_put(merged, NamedSharding(mesh, MICROBATCHES))
+
+
+@functools.cache
+def merging() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    """All devices by process, and what makes one axis of an axis of rows and one of processes."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    grid = np.array(devices).reshape(jax.process_count(), -1)
+    by_process = Mesh(grid, ("process", "device"), axis_types=(AxisType.Auto, AxisType.Auto))
+    split = NamedSharding(by_process, PartitionSpec(None, ("process", "device")))
+
+    def merge(batch: jax.Array) -> jax.Array:
+        return batch.reshape(len(batch), -1, *batch.shape[3:])
+
+    return by_process, jax.jit(merge, out_shardings=split)
 
 
 def split_batch(x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from examples import checkpoints, optimizers
 from examples.optimizers import Recipe, Settings
 from examples.reporting import Report
-from examples.sharding import BATCH, MICROBATCHES, make_mesh, shardings
+from examples.sharding import BATCH, MICROBATCHES, in_order, make_mesh, shardings
 
 Batch = Mapping[str, Any]
 
@@ -117,7 +117,10 @@ class Data(Protocol):
 
     def train(
         self, batch_size: int, seed: int, process_index: int, process_count: int, **how: Any
-    ) -> grain.DatasetIterator: ...
+    ) -> grain.DatasetIterator:
+        """The rows process_index, process_index + process_count, ... of each batch. The batches
+        depend on `batch_size`, `seed` and `how` alone; the states of all processes, merged into one
+        dict, are a state for each of any other number of processes."""
 
     def validation(
         self,
@@ -267,6 +270,8 @@ def place(batch: Batch, mesh: Mesh, parts: int | None = None) -> Batch:
         if parts is None:
             return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
         rows = rows.reshape(parts, len(rows) // parts, *rows.shape[1:])
+        if jax.process_count() > 1:
+            return in_order(rows, mesh)
         return jax.make_array_from_process_local_data(NamedSharding(mesh, MICROBATCHES), rows)
 
     return {name: move(rows) for name, rows in batch.items()}

@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import io
+import os
 import random
+import socket
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
 from examples.run import run
 
+ROOT = Path(__file__).parent.parent
 SMALL = LlamaConfig(vocab_size=300, dim=16, layers=2, heads=4, kv_heads=2, hidden=32)
 
 
@@ -120,3 +123,15 @@ def assert_same(one, other):
     ):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a process of its own, with so many devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -107,14 +107,33 @@ def test_batches_have_the_shapes_and_dtypes_of_the_contract(images):
     assert (masked["mask"].shape, masked["mask"].dtype) == ((2,), np.float32)
 
 
+def together(shares, count):
+    """The batches that processes make together: of each its every so-manyth row, in order."""
+    return [
+        {
+            name: np.stack([part[name] for part in parts], axis=1).reshape(-1, *leaf.shape[1:])
+            for name, leaf in parts[0].items()
+        }
+        for parts in zip(*(take(share, count) for share in shares), strict=True)
+    ]
+
+
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_all_processes_together_see_the_batches_of_one(images, process_count):
-    alone = images.train(8, seed=5)
     shares = [images.train(8, 5, index, process_count) for index in range(process_count)]
-    for _ in range(4):
-        batch, parts = next(alone), [next(share) for share in shares]
-        assert {len(part["label"]) for part in parts} == {8 // process_count}
-        assert rows(batch) == rows(*parts)
+    assert_same(together(shares, 4), take(images.train(8, seed=5), 4))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_any_number_of_processes_continues_where_another_was(images, before, after):
+    whole = take(images.train(8, seed=5), 7)
+    shares = [images.train(8, 5, index, before) for index in range(before)]
+    together(shares, 3)
+    (state,) = {json.dumps(share.get_state()) for share in shares}  # each process has the same
+    shares = [images.train(8, 5, index, after) for index in range(after)]
+    for share in shares:
+        share.set_state(json.loads(state))
+    assert_same(together(shares, 4), whole[3:])
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])

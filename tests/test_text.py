@@ -145,19 +145,36 @@ def test_an_epoch_has_each_document_once_in_another_order(tmp_path, format, read
     assert epochs[0] != epochs[1]
 
 
+def together(parts, count):
+    """The batches that processes make together: of each its every so-manyth row, in order."""
+    for local in zip(*(take(part, count) for part in parts), strict=True):
+        yield np.stack(local, axis=1).reshape(-1, local[0].shape[-1])
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_rows_of_a_batch_do_not_depend_on_the_processes(tmp_path, format):
     text = prepared(corpus(tmp_path / "c", format, texts(100)), tmp_path)
-    whole = text.train(8, 0, 0, 1, 10)
-    for count in (2, 4):
-        whole = text.train(8, 0, 0, 1, 10)
+    whole = take(text.train(8, 0, 0, 1, 10), 40)
+    for count in (2, 4, 8):
         parts = [text.train(8, 0, index, count, 10) for index in range(count)]
-        for _ in range(40):
-            local = [next(part) for part in parts]
-            assert {batch["tokens"].shape for batch in local} == {(8 // count, 11)}
-            assert rows({"tokens": np.concatenate([b["tokens"] for b in local])}) == rows(
-                next(whole)
-            )
+        for batch, expected in zip(together(parts, 40), whole, strict=True):
+            np.testing.assert_array_equal(batch, expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_any_number_of_processes_continues_where_another_was(tmp_path, before, after):
+    """Each of them takes over readers, wherever those are in a document and in a window."""
+    text = prepared(corpus(tmp_path / "c", "txt", texts(60)), tmp_path)
+    whole = take(text.train(16, 0, 0, 1, 10), 30)
+    parts = [text.train(16, 0, index, before, 10) for index in range(before)]
+    list(together(parts, 13))
+    state = {}
+    for part in parts:
+        state |= json.loads(json.dumps(part.get_state()))
+    parts = [text.train(16, 0, index, after, 10) for index in range(after)]
+    for part in parts:
+        part.set_state(state)
+    np.testing.assert_array_equal(list(together(parts, 17)), whole[13:])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -217,6 +234,10 @@ def test_a_state_of_another_text_is_refused(tmp_path):
         prepared(source, tmp_path).train(8, 1, 0, 1, 10).set_state(state)
     with pytest.raises(ValueError, match="another text"):
         prepared(source, tmp_path, held_out=0.2).train(8, 0, 0, 1, 10).set_state(state)
+    with pytest.raises(ValueError, match="or for another --seed or --data"):
+        prepared(source, tmp_path, readers=4).train(8, 0, 0, 1, 10).set_state(state)
+    with pytest.raises(ValueError, match="no place in the data for reader 8: give "):
+        prepared(source, tmp_path, readers=16).train(16, 0, 0, 1, 10).set_state(state)
     Path(source, "000.txt").write_text("another")
     with pytest.raises(ValueError, match="another text"):
         prepared(source, tmp_path).train(8, 0, 0, 1, 10).set_state(state)
@@ -552,7 +573,8 @@ def test_bad_flags_end_in_one_sentence(tmp_path, settings, named):
     [
         (None, 6, 4, "--batch-size must be a multiple of the 4 processes, got 6"),
         (3, 8, 1, "--data.readers must divide --batch-size 8"),
-        (2, 8, 4, "a multiple of the number of processes"),
+        (2, 8, 4, r"a multiple of the number of processes \(4\), got 2\."),
+        (None, 48, 16, r"a multiple of the number of processes \(16\), got 8 \(the default\)"),
         (64, 64, 1, "too few documents for its readers"),
     ],
 )
@@ -563,8 +585,9 @@ def test_readers_that_do_not_fit_are_named_at_once(tmp_path, readers, batch_size
 
 
 def test_readers_fit_the_batch_and_the_processes(tmp_path):
-    text = prepared(corpus(tmp_path / "c", "txt", texts(60)), tmp_path)
-    for batch_size, processes in [(40, 1), (7, 1), (6, 2), (24, 3), (48, 16)]:
+    source = corpus(tmp_path / "c", "txt", texts(60))
+    for readers, batch_size, processes in [(None, 40, 8), (None, 7, 1), (None, 6, 2), (3, 24, 3)]:
+        text = prepared(source, tmp_path, readers=readers)
         for index in range(processes):
             batch = next(text.train(batch_size, 0, index, processes, 10))["tokens"]
             assert batch.shape == (batch_size // processes, 11)

@@ -3,10 +3,8 @@
 import dataclasses
 import io
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,18 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
-from programs import SMALL, assert_same, built, llama, on_devices, saved, train
+from programs import (
+    ROOT,
+    SMALL,
+    assert_same,
+    built,
+    environment,
+    free_port,
+    llama,
+    on_devices,
+    saved,
+    train,
+)
 from rich.console import Console
 
 from examples import checkpoints, optimizers
@@ -32,8 +41,6 @@ from examples.optimizers import Settings
 from examples.reporting import History, Report
 from examples.vit.train import TrainViT
 from gpa_optax import iterates
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -131,16 +138,24 @@ def test_a_loss_that_is_no_number_is_never_the_best():
     assert max(losses, key=lambda loss: checkpoints.quality({"loss": loss})) == 2.5
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    config = llama(tmp_path)
-    train(config)
-    data = config.run / "checkpoints" / "12" / "data"
-    (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
-    manager = checkpoints.open_checkpoints(config.run / "checkpoints", keep=2)
-    program, _, _ = built(config)
-    with pytest.raises(ValueError, match="another number of processes than the 1 of now"):
-        checkpoints.restore(manager, 12, program.state, batches=iter([]))
-    manager.close()
+def test_the_position_in_the_data_is_put_together_from_all_processes(tmp_path):
+    def write(process, content, count=2):
+        (tmp_path / f"process_{process}-of-{count}.json").write_text(content)
+
+    write(0, '{"0": {"used": 3}}')
+    with pytest.raises(ValueError, match=r"Cannot read the position .*/process_1-of-2.json: .*No"):
+        checkpoints.position(tmp_path)
+    for content in ("", "[1, 2]", "\0\0\0"):
+        write(1, content)
+        with pytest.raises(ValueError, match=r"Cannot read the position .*/process_1-of-2.json: "):
+            checkpoints.position(tmp_path)
+    write(1, '{"0": {"used": 4}, "1": {"used": 3}}')
+    with pytest.raises(ValueError, match=r"process_1-of-2.json contradicts the other files"):
+        checkpoints.position(tmp_path)
+    write(1, '{"0": {"used": 3}, "1": {"used": 5}}')
+    assert checkpoints.position(tmp_path) == {"0": {"used": 3}, "1": {"used": 5}}
+    with pytest.raises(ValueError, match=r"Cannot read the position in the data in .*0-of-1.json"):
+        checkpoints.position(tmp_path / "absent")
 
 
 def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
@@ -373,12 +388,6 @@ def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):
     assert singular.max() < 2 * singular.min()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def processes(config, count, tmp_path, *flags):
     """Runs `python -m examples.llama` in so many processes; returns the curve of losses."""
     folder = tmp_path / f"run-of-{count}"
@@ -390,15 +399,13 @@ def processes(config, count, tmp_path, *flags):
         "--data.cache", tmp_path / "cache", "--learning-rate", "1e-3", *flags,
     ]  # fmt: skip
     port = free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment["JAX_PLATFORMS"] = "cpu"
     running = []
     for process in range(count):
         who = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
                "--process", str(process)] if count > 1 else []  # fmt: skip
         running.append(
             subprocess.Popen(
-                [*map(str, command), *who], cwd=ROOT, env=environment, text=True,
+                [*map(str, command), *who], cwd=ROOT, env=environment(), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip

@@ -4,9 +4,11 @@ Several readers, each with its share of the corpus, make one stream of sequences
 
     documents, in another order each epoch -> tokens -> packed sequences -> shuffled in windows
 
-A batch takes as many rows from each reader, and a process runs some of the readers. So the rows
-of a batch do not depend on how many processes there are, and the places of its readers are all
-that a process has to put into a checkpoint.
+A batch takes as many rows from each reader, in turn, and a process runs every so-manyth reader. So
+the rows of a batch do not depend on how many processes there are. A checkpoint holds the place of
+each reader by its number, and other processes than those that saved it can take over the readers.
+(Each process could also read everything and keep its rows; but reading and tokenizing would then
+not become faster with more processes, and a run on many would wait for its text.)
 """
 
 import dataclasses
@@ -52,8 +54,8 @@ class TextData:
     least 64)."""
     readers: int | None = None
     """Parts of the source that are read side by side, with as many sequences of each in a batch; it
-    decides the order of the data (default: the largest of 1, 2, 4 and 8 that divides --batch-size,
-    or the number of processes where that is no multiple of it)."""
+    decides the order of the data, and how many processes can share the reading: any number that
+    divides it (default: the largest of 1, 2, 4 and 8 that divides --batch-size)."""
     cache: Path = Path("runs/cache")
     """Folder for tokenizers that were trained."""
 
@@ -157,13 +159,19 @@ class Text:
     def train(
         self, batch_size: int, seed: int, process_index: int, process_count: int, length: int
     ) -> grain.DatasetIterator:
-        """Endless {"tokens": int32 (batch_size // process_count, length + 1)}, prefetched.
+        """Endless {"tokens": int32 (batch_size // process_count, length + 1)}, prefetched: of each
+        batch the rows process_index, process_index + process_count, ...
 
-        Its state is small, can be JSON, and tells what was taken from it so far.
+        Its state is small, can be JSON, and tells what was taken from it so far: the place of each
+        reader of this process, by the reader's number. The states of all processes, merged into
+        one dict, are a state for any of any other number of processes.
+
+        Raises:
+          ValueError: if the processes cannot share the batch and the readers evenly.
         """
         readers = self._readers(batch_size, process_count)
         shuffle = self.settings.shuffle or max(64, 2**18 // length)
-        streams = []
+        streams = {}
         for reader in range(process_index, readers, process_count):
             documents = Documents(self.training, seed, reader, readers)
             next(documents.walk())  # raises if there is no document for this reader
@@ -173,11 +181,8 @@ class Text:
                 functools.partial(shuffled_rows, length + 1),
                 seed=random.Random(f"{seed} {reader}").getrandbits(31),
             )
-            streams.append(grain.experimental.FlatMapIterDataset(windows, Rows()))
-        batches = grain.IterDataset.mix(streams).batch(
-            batch_size // process_count,
-            batch_fn=lambda rows: {"tokens": np.stack(rows)},
-        )
+            streams[reader] = grain.experimental.FlatMapIterDataset(windows, Rows())
+        batches = InTurn(streams, batch_size // readers)
         return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=8))
 
     def validation(
@@ -211,13 +216,13 @@ class Text:
                 f"--batch-size must be a multiple of the {process_count} processes, got "
                 f"{batch_size}."
             )
-        if readers is None:
-            readers = math.gcd(batch_size, 8)
-            return process_count if readers % process_count else readers
+        # Not by the number of processes, of which the order of the data must not depend.
+        default = " (the default)" if readers is None else ""
+        readers = math.gcd(batch_size, 8) if readers is None else readers
         if batch_size % readers or readers % process_count:
             raise ValueError(
                 f"--data.readers must divide --batch-size {batch_size} and be a multiple of the "
-                f"number of processes ({process_count}), got {readers}."
+                f"number of processes ({process_count}), got {readers}{default}."
             )
         return readers
 
@@ -235,6 +240,48 @@ class Rows(grain.experimental.FlatMapTransform):
 
     def flat_map(self, rows: np.ndarray) -> np.ndarray:
         return rows
+
+
+class InTurn(grain.IterDataset):
+    """Batches with so many rows of each reader: the first of each, the second of each, ...
+
+    grain.IterDataset.mix takes the same rows, but its state counts those of all its readers, and so
+    fits no other number of processes.
+    """
+
+    def __init__(self, readers: dict[int, grain.IterDataset], rows: int):
+        super().__init__(list(readers.values()))
+        self.numbers, self.rows = [str(number) for number in readers], rows
+
+    def __iter__(self) -> grain.DatasetIterator:
+        readers = {
+            number: reader.__iter__()
+            for number, reader in zip(self.numbers, self._parents, strict=True)
+        }
+        return _InTurnIterator(readers, self.rows)
+
+
+class _InTurnIterator(grain.DatasetIterator):
+    def __init__(self, readers: dict[str, grain.DatasetIterator], rows: int):
+        super().__init__(list(readers.values()))
+        self._readers, self._rows = readers, rows
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        readers = self._readers.values()
+        return {"tokens": np.stack([next(r) for _ in range(self._rows) for r in readers])}
+
+    def get_state(self) -> dict[str, Any]:
+        return {number: reader.get_state() for number, reader in self._readers.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        missing = sorted(self._readers.keys() - state.keys(), key=int)
+        if missing:
+            raise ValueError(
+                f"The checkpoint holds no place in the data for reader {missing[0]}: give "
+                "--data.readers as it was when the run was begun, or start anew in another --run."
+            )
+        for number, reader in self._readers.items():
+            reader.set_state(state[number])
 
 
 class Packed(grain.IterDataset):

@@ -129,8 +129,8 @@ class _DocumentsIterator(grain.DatasetIterator):
         if state["identity"] != self._documents.identity:
             raise ValueError(
                 "The place in the data that the checkpoint holds is one in another text, or for "
-                "another --seed, --data.readers or number of processes: continue with those, or "
-                "start anew in another --run."
+                "another --seed or --data.readers: continue with those, or start anew in another "
+                "--run."
             )
         self._place = state["place"]
         self._walk = self._documents.walk(**self._place)

@@ -2,7 +2,8 @@
 
 A batch is a pure function of the seed, its number and its size: from them follow the rows of the
 shuffled data and the random numbers of the augmentation, of which each process takes its share. So
-two processes see together what one would see alone, and the state of an iterator is one number.
+two processes see together what one would see alone, and the state of an iterator is one number,
+from which any number of processes can continue.
 Batches are made in threads ahead of their use; encoded images are decoded only then.
 """
 
@@ -248,7 +249,8 @@ class Images:
     def train(
         self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> grain.DatasetIterator:
-        """Batches without end, shuffled anew each epoch; of each, this process's rows.
+        """Batches without end, shuffled anew each epoch; of each, the rows process_index,
+        process_index + process_count, ...
 
         `get_state` is the number of batches consumed, `set_state` continues bit for bit. An epoch
         may end within a batch.

@@ -3,6 +3,7 @@
 #   make demo    trains a small Llama with AdamW and with GPA, and compares them
 #   make test    runs the tests
 #   make bench   runs the short form of every benchmark
+#   make docs    builds the site in build/docs; a warning fails it
 #   make lint    checks style and types
 #   make build   builds the wheel and sdist, and tries each in an empty environment
 
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench docs lint build clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -26,6 +27,9 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.compiled_cost --quick
 	$(BIN)/python -m benchmarks.train_step --quick
 	$(BIN)/python -m benchmarks.report --check
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env docs build/docs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -29,7 +29,8 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.report --check
 
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env docs build/docs
+	rm -rf build/docs docs/notebooks
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

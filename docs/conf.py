@@ -32,15 +32,15 @@ extensions = [
     "mathml",
 ]
 # Pages that stand elsewhere in the repository, where they are read on GitHub, by their place here.
-# Those that are not there are left out.
 borrowed_pages = {
     "benchmarks.md": "benchmarks/README.md",
     "examples.md": "examples/README.md",
-    "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
-} | {
-    f"notebooks/{path.name}": f"notebooks/{path.name}"
-    for path in sorted(ROOT.glob("notebooks/*.ipynb"))
+}
+if (ROOT / "CONTRIBUTING.md").exists():
+    borrowed_pages["contributing.md"] = "CONTRIBUTING.md"
+borrowed_pages |= {
+    f"notebooks/{path.name}": f"notebooks/{path.name}" for path in ROOT.glob("notebooks/*.ipynb")
 }
 # Where links lead to files that are no pages; without it they are plain text.
 borrowed_pages_repository = PROJECT.get("urls", {}).get("Repository", "")
@@ -77,6 +77,7 @@ html_theme = "furo"
 html_math_renderer = "mathml"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
 exclude_patterns = ["figures", "recipes/*.py", "extensions"]

@@ -19,15 +19,11 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 
 
 def copy(app: Sphinx, config) -> None:
-    """Brings the pages beside the others; one that is there and no longer borrowed is removed."""
+    """Brings the pages beside the others."""
     for place, original in config.borrowed_pages.items():
         source, target = Path(app.srcdir).parent / original, Path(app.srcdir, place)
-        if not source.exists():
-            target.unlink(missing_ok=True)
-            continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists() or target.read_bytes() != source.read_bytes():
-            shutil.copyfile(source, target)
+        shutil.copyfile(source, target)
 
 
 def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:

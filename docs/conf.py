@@ -71,6 +71,7 @@ if os.environ.get("GPA_OPTAX_DOCS_INTERSPHINX"):
 
 myst_enable_extensions = ["amsmath", "dollarmath", "deflist"]
 myst_heading_anchors = 4
+nb_ipywidgets_js = {}  # there are no widgets, and the scripts would be fetched by each reader
 nb_execution_mode = "off"  # notebooks are stored with their outputs, and CI runs them elsewhere
 
 html_theme = "furo"

@@ -52,9 +52,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(optax|jax|flax|jnp)\..*"),
     ("py:exc", r"(TypeError|ValueError)(, ValueError)?"),
 ]
-python_use_unqualified_type_names = True
 autodoc_typehints = "none"  # the docstrings tell them, with shapes and meaning
-autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
@@ -69,7 +67,7 @@ if os.environ.get("GPA_OPTAX_DOCS_INTERSPHINX"):
         "flax": ("https://flax.readthedocs.io/en/latest", None),
     }
 
-myst_enable_extensions = ["amsmath", "dollarmath", "deflist"]
+myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 4
 nb_ipywidgets_js = {}  # there are no widgets, and the scripts would be fetched by each reader
 nb_execution_mode = "off"  # notebooks are stored with their outputs, and CI runs them elsewhere
@@ -81,7 +79,6 @@ html_css_files = ["site.css"]
 html_show_copyright = False
 html_show_sourcelink = False
 html_copy_source = False
-exclude_patterns = ["figures", "recipes/*.py", "extensions"]
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

@@ -13,10 +13,8 @@ logger = logging.getLogger(__name__)
 def converted(node: nodes.Node, display: str) -> str:
     """The formula of a math node as a <math> element; a warning for what is not understood."""
     latex = node.astext()
-    if display == "block" and "&" in latex and "begin{" not in latex:
-        latex = rf"\begin{{align*}}{latex}\end{{align*}}"
     result = latex2mathml.converter.convert(latex, display=display)
-    unknown = re.findall(r"\\[a-zA-Z]+", re.sub(r"<annotation.*?</annotation>", "", result))
+    unknown = re.findall(r"\\[a-zA-Z]+", result)
     if unknown:
         logger.warning("No MathML for %s in %r", ", ".join(unknown), latex, location=node)
     return result

@@ -3,6 +3,8 @@
 #   make demo          trains a small Llama with AdamW and with GPA, and compares them
 #   make test          runs the tests
 #   make bench         runs the short form of every benchmark
+#   make docs          builds the site in build/docs; a warning fails it
+#   make notebooks     runs the notebooks, in a short form
 #   make lint          checks style, types, and the form of the workflows and CITATION.cff
 #   make build         builds the wheel and sdist twice, compares them, and tries each in an empty environment
 #
@@ -10,7 +12,7 @@
 #   make plans         compiles training steps for TPUs and NVIDIA GPUs that are not there
 #   make test-oldest   runs the tests on the oldest supported versions of everything
 #   make test-examples-oldest   the same for the examples
-#   make test-nightly  runs the tests on the versions of tomorrow
+#   make test-prereleases   runs the tests on what will be released next
 #   make audit         looks for known vulnerabilities in what is installed
 #   make optional      installs what some tests use and skip without: PyTorch, Fashion-MNIST
 
@@ -19,11 +21,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# Nightly builds of JAX, and the next Optax and Flax.
-NIGHTLY := --pre --extra-index-url https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/ jax jaxlib \
-	'optax @ git+https://github.com/google-deepmind/optax' 'flax @ git+https://github.com/google/flax'
-
-.PHONY: demo test bench lint build tables plans test-oldest test-examples-oldest test-nightly audit optional clean
+.PHONY: demo test bench docs notebooks lint build tables plans test-oldest test-examples-oldest test-prereleases audit \
+	optional clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -38,6 +37,10 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.compiled_cost --quick
 	$(BIN)/python -m benchmarks.train_step --quick
 	$(BIN)/python -m benchmarks.report --check
+
+docs: $(VENV)/docs
+	rm -rf build/docs docs/notebooks
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -81,11 +84,11 @@ test-examples-oldest:
 		--editable '.[bench,test]'
 	$(VENV)-examples/bin/python -m pytest -n 2 $(ARGS)
 
-test-nightly:
-	test -x $(VENV)-nightly/bin/python || $(PYTHON) -m venv $(VENV)-nightly
-	$(VENV)-nightly/bin/python -m pip install --quiet --editable '.[test]'
-	$(VENV)-nightly/bin/python -m pip install --quiet --upgrade $(NIGHTLY)
-	$(VENV)-nightly/bin/python -m pytest -n 2 $(ARGS)
+test-prereleases:
+	test -x $(VENV)-prereleases/bin/python || $(PYTHON) -m venv $(VENV)-prereleases
+	$(VENV)-prereleases/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)-prereleases/bin/python -m pip install --quiet --upgrade --pre jax jaxlib optax flax
+	$(VENV)-prereleases/bin/python -m pytest -n 2 $(ARGS)
 
 audit: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --upgrade pip pip-audit

@@ -1,17 +1,18 @@
 # Everything runs in .venv, which each target makes if it is not there.
 #
-#   make demo    trains a small Llama with AdamW and with GPA, and compares them
-#   make test    runs the tests
-#   make bench   runs the short form of every benchmark
-#   make lint    checks style and types
-#   make build   builds the wheel and sdist, and tries each in an empty environment
+#   make demo        trains a small Llama with AdamW and with GPA, and compares them
+#   make test        runs the tests
+#   make bench       runs the short form of every benchmark
+#   make notebooks   runs the short form of every notebook
+#   make lint        checks style and types
+#   make build       builds the wheel and sdist, and tries each in an empty environment
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test bench lint build clean
+.PHONY: demo test bench notebooks lint build clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -26,6 +27,9 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.compiled_cost --quick
 	$(BIN)/python -m benchmarks.train_step --quick
 	$(BIN)/python -m benchmarks.report --check
+
+notebooks: $(VENV)/notebooks
+	$(BIN)/python -m notebooks.run $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

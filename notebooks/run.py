@@ -87,7 +87,7 @@ def tidied(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Without what tells of the machine that ran it."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     }
     return notebook
 

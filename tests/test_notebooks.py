@@ -105,7 +105,7 @@ def test_outputs_are_what_a_reader_wants_to_see(name, notebook):
 def test_metadata_tells_nothing_of_the_machine(notebook):
     assert notebook["metadata"] == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
     }
     for cell in notebook["cells"]:
         assert set(cell["metadata"]) <= {"tags"}

@@ -78,6 +78,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
+            # Else the kernel warns that others on the machine could read along.
             config=Config(KernelManager={"transport_encryption": "auto"}),
         )
         client.execute(env={**os.environ, "PYTHONPATH": str(FOLDER.parent.absolute())})

@@ -42,6 +42,9 @@ docs: $(VENV)/docs
 	rm -rf build/docs docs/notebooks
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
 
+notebooks: $(VENV)/notebooks
+	$(BIN)/python -m notebooks.run $(ARGS)
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

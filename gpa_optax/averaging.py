@@ -21,6 +21,7 @@ from gpa_optax._validate import (
     check_at_least,
     check_concrete,
     check_fraction,
+    check_learning_rate,
     check_number,
     check_positive,
 )
@@ -256,6 +257,7 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
             f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, "
             "or use averaging.warmed_up(mu_x) if it is constant."
         )
+    check_learning_rate("learning_rate", learning_rate)
     check_positive("peak", peak, "Give the schedule's largest value.")
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
@@ -306,7 +308,9 @@ def lr_weighted(
         ("power", power),
     ):
         check_concrete(name, value, "Give a number that does not depend on traced values.")
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        check_learning_rate("learning_rate", learning_rate)
+    else:
         check_number("learning_rate", learning_rate, remedy)
     check_at_least("warmup_steps", warmup_steps, 0, "Give the steps of warmup, or 0.", whole=True)
     check_at_least("power", power, 0, "Give 2 for Schedule-Free, 0 for a uniform average.")

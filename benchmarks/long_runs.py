@@ -169,13 +169,13 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
                 with jax.enable_x64(dtype == "float64"):
                     found = library_run(problem, value, when, dtype)
                 distance = rms(found - exact) / scale[:, None]
-                for s, sequence in enumerate(SEQUENCES):
-                    for m, mu_y in enumerate(MU_YS):
-                        distances.setdefault(setting, {}).setdefault(mu_x, {}).setdefault(
-                            dtype, {}
-                        ).setdefault(sequence, {})[f"{mu_y:g}"] = [
-                            float(f"{value:.4g}") for value in distance[:, s, m]
-                        ]
+                distances.setdefault(setting, {}).setdefault(mu_x, {})[dtype] = {
+                    sequence: {
+                        f"{mu_y:g}": [float(f"{value:.4g}") for value in distance[:, s, m]]
+                        for m, mu_y in enumerate(MU_YS)
+                    }
+                    for s, sequence in enumerate(SEQUENCES)
+                }
                 seconds = time.perf_counter() - began
                 console.print(f"{setting}, mu_x {mu_x}, {dtype}: {seconds:.0f} s", highlight=False)
     return {"steps": when, "distances": distances}

@@ -24,6 +24,7 @@ from gpa_optax._validate import (
     check_learning_rate,
     check_number,
     check_positive,
+    is_traced,
 )
 
 __all__ = [
@@ -94,9 +95,10 @@ def from_diloco(inner_steps: float, outer_momentum: float = 0.9) -> float:
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
-    check_at_least("inner_steps", inner_steps, 1, "Give DiLoCo's steps between syncs, such as 32.")
+    remedy = "Give DiLoCo's steps between syncs, such as 32."
+    check_at_least("inner_steps", inner_steps, 1, remedy)
     check_fraction("outer_momentum", outer_momentum, "Give DiLoCo's outer momentum, such as 0.9.")
-    return outer_momentum ** (1 / inner_steps)
+    return _below_one("inner_steps", inner_steps, outer_momentum ** (1 / inner_steps), remedy)
 
 
 def from_horizon(steps: float) -> float:
@@ -110,15 +112,23 @@ def from_horizon(steps: float) -> float:
       ``mu_x`` as a float.
 
     Raises:
-      ValueError: if ``steps`` is below 1 or not finite.
+      ValueError: if ``steps`` is below 1, not finite, or so large that ``mu_x`` rounds to 1.
 
     Examples:
       >>> from gpa_optax import averaging
       >>> averaging.from_horizon(100)
       0.99
     """
-    check_at_least("steps", steps, 1, "Give the averaging window in steps, such as 100.")
-    return 1 - 1 / steps
+    remedy = "Give the averaging window in steps, such as 100."
+    check_at_least("steps", steps, 1, remedy)
+    return _below_one("steps", steps, 1 - 1 / steps, remedy)
+
+
+def _below_one(name: str, value: float, mu_x: float, remedy: str) -> float:
+    """`mu_x`; ValueError where `value` is so large that it rounds to 1, which stops the average."""
+    if not is_traced(mu_x) and mu_x == 1:
+        raise ValueError(f"{name} must be small enough for mu_x < 1, got {value!r}. {remedy}")
+    return mu_x
 
 
 def uniform() -> AveragingSchedule:

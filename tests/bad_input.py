@@ -96,6 +96,8 @@ CASES = [
     Case("single_worker_diloco(SGD, 4, 0.7, 1.0)", ValueError, ["outer_momentum", "1.0", "0.9"]),
     Case("averaging.from_diloco(0)", ValueError, ["inner_steps", "0", "32"]),
     Case("averaging.from_diloco(8, 1.0)", ValueError, ["outer_momentum", "1.0", "0.9"]),
+    Case("averaging.from_diloco(1e17)", ValueError, ["inner_steps", "1e+17", "mu_x < 1", "32"]),
+    Case("averaging.from_horizon(1e17)", ValueError, ["steps", "1e+17", "mu_x < 1", "100"]),
     Case("averaging.from_horizon(0.5)", ValueError, ["steps", "0.5", "100"]),
     Case("averaging.from_horizon(INF)", ValueError, ["steps", "inf"]),
     Case('averaging.from_horizon("100")', TypeError, ["steps", "'100'"]),

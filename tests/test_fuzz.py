@@ -22,7 +22,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 import gpa_optax
 from gpa_optax import averaging, eval_params, gpa, iterates
 
-STEPS = 4
+STEPS = 3
 # Few shapes, because each operation is compiled for each shape and dtype.
 SHAPES = [(), (2,), (2, 3), (0,)]
 FLOATING = [jnp.float32, jnp.bfloat16, jnp.complex64, jnp.float16, jnp.float64]
@@ -48,7 +48,7 @@ class Leaf:
         values = rng.normal(size=self.shape)
         if self.dtype == jnp.complex64:
             values = values + 1j * rng.normal(size=self.shape)
-        return jnp.asarray(values).astype(self.dtype)
+        return jnp.asarray(values, jax.dtypes.canonicalize_dtype(self.dtype))
 
 
 def trees(dtypes):
@@ -66,7 +66,7 @@ def trees(dtypes):
             | st.dictionaries(st.sampled_from("abcd"), node, max_size=3)
             | st.builds(Pair, node, node)
         ),
-        max_leaves=6,
+        max_leaves=5,
     )
 
 
@@ -183,12 +183,12 @@ def place(tree):
     )
 
 
+def double(on):
+    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
+
+
 def check(case: Case) -> None:
-    with (
-        jax.enable_x64(case.x64)
-        if hasattr(jax, "enable_x64")
-        else jax.experimental.enable_x64(case.x64)
-    ):
+    with double(case.x64), jax.disable_jit():  # which would compile the conditions of each case
         rng = np.random.default_rng(case.seed)
         is_leaf = lambda node: isinstance(node, Leaf)  # noqa: E731
         params = jax.tree.map(lambda leaf: leaf.array(rng), case.tree, is_leaf=is_leaf)
@@ -257,8 +257,8 @@ def test_anything_put_together_agrees_with_the_oracle(case):
 
 @pytest.mark.long
 @hypothesis.given(cases(FLOATING, x64=[False, True]))
-@hypothesis.settings(max_examples=10_000)
-def test_ten_thousand_things_put_together_agree_with_the_oracle(case):
+@hypothesis.settings(max_examples=5_000)
+def test_five_thousand_things_put_together_agree_with_the_oracle(case):
     check(case)
 
 
@@ -287,6 +287,8 @@ def two_arguments(a, b):
 
 
 SGD = optax.sgd(0.1)
+# Of functions only those whose arguments or values are those of a schedule: what another returns is
+# known when it is called, which is after the call that is tried here.
 VALUES = st.one_of(
     st.floats(),
     st.integers(-3, 3),
@@ -297,8 +299,8 @@ VALUES = st.one_of(
     st.floats(0, 1).map(np.float32),
     st.floats(0, 1).map(jnp.asarray),
     st.sampled_from([np.ones(2), np.ones((1, 1)), [0.5], {"mu": 0.5}, (), object(), b"x"]),
-    st.sampled_from([averaging.uniform, averaging.uniform(), two_arguments, int]),
-    st.sampled_from([SGD, optax.sgd, gpa, jnp.float32, "float32", "z", "y", np.int8]),
+    st.sampled_from([averaging.uniform, averaging.uniform(), two_arguments]),
+    st.sampled_from([SGD, optax.adamw, "float32", "z", "y", np.dtype("int8")]),
 )
 ARGUMENTS = {
     gpa: ["base_optimizer", "mu_x", "mu_y", "base_params", "state_dtype"],

@@ -14,6 +14,7 @@ from gpa_optax._validate import (
     check_learning_rate,
     check_transformation,
     check_update,
+    is_traced,
 )
 
 
@@ -101,6 +102,8 @@ def single_worker_diloco(
     check_transformation("inner_optimizer", inner_optimizer)
     remedy = "Give the whole number of inner steps between synchronizations, such as 32."
     check_at_least("sync_period", sync_period, 1, remedy, whole=True)
+    if not is_traced(sync_period) and sync_period > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"sync_period must fit into int32, got {sync_period!r}. {remedy}")
     if callable(outer_learning_rate):
         check_learning_rate("outer_learning_rate", outer_learning_rate)
     else:

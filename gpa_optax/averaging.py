@@ -292,7 +292,7 @@ def lr_weighted(
 
     Args:
       learning_rate: the schedule that the base optimizer uses (or its constant value).
-      warmup_steps: the number of steps in which it grows, at least 0.
+      warmup_steps: the number of steps in which it grows, from 0 to 10 million.
       power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
 
     Raises:
@@ -322,7 +322,10 @@ def lr_weighted(
         check_learning_rate("learning_rate", learning_rate)
     else:
         check_number("learning_rate", learning_rate, remedy)
-    check_at_least("warmup_steps", warmup_steps, 0, "Give the steps of warmup, or 0.", whole=True)
+    steps = "Give the steps of warmup, or 0."
+    check_at_least("warmup_steps", warmup_steps, 0, steps, whole=True)
+    if warmup_steps > 10_000_000:  # the table has as many entries
+        raise ValueError(f"warmup_steps must be at most 10,000,000, got {warmup_steps!r}. {steps}")
     check_at_least("power", power, 0, "Give 2 for Schedule-Free, 0 for a uniform average.")
     warmup_steps = int(warmup_steps)
 

@@ -84,6 +84,11 @@ CASES = [
     Case("gpa_muon(0.1, state_dtype=int)", TypeError, ["state_dtype"]),
     Case("single_worker_diloco(optax.sgd, 4)", TypeError, ["inner_optimizer", "sgd"]),
     Case("single_worker_diloco(SGD, 0)", ValueError, ["sync_period", "0", "at least 1", "32"]),
+    Case(
+        "single_worker_diloco(SGD, 2**40)",
+        ValueError,
+        ["sync_period", "1099511627776", "int32", "32"],
+    ),
     Case("single_worker_diloco(SGD, 2.5)", ValueError, ["sync_period", "2.5", "whole number"]),
     Case("single_worker_diloco(SGD, INF)", ValueError, ["sync_period", "inf"]),
     Case('single_worker_diloco(SGD, "4")', TypeError, ["sync_period", "'4'"]),
@@ -119,6 +124,9 @@ CASES = [
         "averaging.lr_weighted(optax.cosine_decay_schedule, 5)",
         TypeError,
         ["learning_rate", "cosine_decay_schedule", "Give what it returns"],
+    ),
+    Case(
+        "averaging.lr_weighted(COSINE, 5e18)", ValueError, ["warmup_steps", "5e+18", "10,000,000"]
     ),
     Case("averaging.lr_weighted(COSINE, -1)", ValueError, ["warmup_steps", "-1"]),
     Case("averaging.lr_weighted(COSINE, 2.5)", ValueError, ["warmup_steps", "2.5", "whole"]),

@@ -57,8 +57,8 @@ def check_mu(name: str, mu: Any) -> None:
         check_schedule(name, mu, "averaging.uniform()")
         return
     remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
-    # In float32, because the state keeps mu_y in it.
-    if name == "mu_y" and np.float32(check_number(name, mu, remedy)) == 1:
+    # In float32, because the state keeps mu_y in it; what overflows there is out of range anyway.
+    if name == "mu_y" and np.float32(min(check_number(name, mu, remedy), 2.0)) == 1:
         raise ValueError(
             f"mu_y must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
             "and the fast iterate z = x + (y - x) / (1 - mu_y) cannot be recovered from them. "

@@ -33,6 +33,7 @@ test: $(VENV)/examples,test
 bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.steps_to_target --quick
 	$(BIN)/python -m benchmarks.convex --quick
+	$(BIN)/python -m benchmarks.long_runs --quick
 	$(BIN)/python -m benchmarks.update_cost --quick
 	$(BIN)/python -m benchmarks.compiled_cost --quick
 	$(BIN)/python -m benchmarks.train_step --quick

@@ -3,7 +3,8 @@
 python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
-Tables stand between two comments in README.md and benchmarks/README.md. A figure carries a digest
+Tables stand between two comments in README.md, benchmarks/README.md and docs/tested.md; that of bad
+input and its errors is made by running the tests' list of it. A figure carries a digest
 of its numbers and of the code that draws it, by which it is known to be up to date.
 """
 
@@ -22,15 +23,16 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import convex, ingredients, steps_to_target, transfer
+from benchmarks import convex, ingredients, long_runs, steps_to_target, transfer
 from benchmarks.runs import Store, settled
 from benchmarks.steps_to_target import WORKLOADS, Row, estimate, parts, title
 from examples.reporting import COLOURS, write_whole
+from tests import bad_input
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tested.md")
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TITLES = {
     "text": "Llama, text",
@@ -339,6 +341,12 @@ def compiled_table() -> str:
     return markdown(headings, lines)
 
 
+def errors_table() -> str:
+    """Bad input, and what is said to it."""
+    lines = [[f"`{call}`", f"`{error}: {message}`"] for call, error, message in bad_input.errors()]
+    return markdown(("call", "error"), lines)
+
+
 def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     """Name, function and numbers of each figure whose results are there."""
     rows = {name: steps_to_target.rows(name, store) for name in WORKLOADS}
@@ -353,6 +361,7 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
     yield "update-cost", cost_figure, on_the_cpu("default")
     yield "convex", convex.figure, results("convex")
+    yield "long-runs", long_runs.figure, results("long_runs")
 
 
 def results(name: str) -> Any:
@@ -381,6 +390,8 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     )
     found |= {"cost": cost_table, "timings": timings_table, "compiled": compiled_table}
     found["convex"] = lambda: convex.table(results("convex"))
+    found["long-runs"] = lambda: markdown(*long_runs.table(results("long_runs")))
+    found["errors"] = errors_table
     return found
 
 

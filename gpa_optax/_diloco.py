@@ -11,8 +11,10 @@ from gpa_optax._validate import (
     check_at_least,
     check_fraction,
     check_inexact,
+    check_learning_rate,
     check_transformation,
     check_update,
+    is_traced,
 )
 
 
@@ -70,7 +72,8 @@ def single_worker_diloco(
       ``update`` needs ``params`` and must be the last thing that touches them.
 
     Raises:
-      TypeError: if ``inner_optimizer`` is no transformation; from ``init``, if a leaf of the params
+      TypeError: if ``inner_optimizer`` is no transformation, or ``outer_learning_rate`` neither a
+        number nor a function of the count; from ``init``, if a leaf of the params
         is integer or boolean.
       ValueError: if ``sync_period`` is below 1 or no whole number, ``outer_learning_rate``
         negative, ``outer_momentum`` outside [0, 1); from ``update``, if params are missing.
@@ -99,7 +102,11 @@ def single_worker_diloco(
     check_transformation("inner_optimizer", inner_optimizer)
     remedy = "Give the whole number of inner steps between synchronizations, such as 32."
     check_at_least("sync_period", sync_period, 1, remedy, whole=True)
-    if not callable(outer_learning_rate):
+    if not is_traced(sync_period) and sync_period > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"sync_period must fit into int32, got {sync_period!r}. {remedy}")
+    if callable(outer_learning_rate):
+        check_learning_rate("outer_learning_rate", outer_learning_rate)
+    else:
         remedy = "Give the outer optimizer's learning rate, such as 0.7."
         check_at_least("outer_learning_rate", outer_learning_rate, 0, remedy)
     remedy = "Give the outer optimizer's momentum, such as 0.9."

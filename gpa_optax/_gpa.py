@@ -140,7 +140,7 @@ def gpa(
     check_transformation("base_optimizer", base_optimizer)
     check_mu("mu_x", mu_x)
     check_mu("mu_y", mu_y)
-    if base_params not in ("z", "y"):
+    if not isinstance(base_params, str) or base_params not in ("z", "y"):
         raise ValueError(
             f'base_params must be "z" or "y", got {base_params!r}. Give "z" to let weight decay '
             'act on the fast iterate (the paper), "y" to let it act on the params.'

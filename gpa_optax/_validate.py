@@ -29,7 +29,7 @@ def check_number(name: str, value: Any, remedy: str) -> float:
     return float(value)
 
 
-def check_schedule(name: str, schedule: Callable[..., Any]) -> None:
+def check_schedule(name: str, schedule: Callable[..., Any], example: str) -> None:
     """TypeError for a function that does not take the step count, such as `averaging.uniform`."""
     try:
         signature = inspect.signature(schedule)
@@ -40,8 +40,13 @@ def check_schedule(name: str, schedule: Callable[..., Any]) -> None:
     except TypeError:
         raise TypeError(
             f"{name} must be a float or a schedule, which takes the step count, got {schedule!r} "
-            f"with the arguments {signature}. Give what it returns, such as averaging.uniform()."
+            f"with the arguments {signature}. Give what it returns, such as {example}."
         ) from None
+
+
+def check_learning_rate(name: str, schedule: Callable[..., Any]) -> None:
+    """TypeError for a schedule that does not take the step count."""
+    check_schedule(name, schedule, "optax.cosine_decay_schedule(0.1, 1000)")
 
 
 def check_mu(name: str, mu: Any) -> None:
@@ -49,11 +54,11 @@ def check_mu(name: str, mu: Any) -> None:
     if is_traced(mu):
         return
     if callable(mu):
-        check_schedule(name, mu)
+        check_schedule(name, mu, "averaging.uniform()")
         return
     remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
-    # In float32, because the state keeps mu_y in it.
-    if name == "mu_y" and np.float32(check_number(name, mu, remedy)) == 1:
+    # In float32, because the state keeps mu_y in it; what overflows there is out of range anyway.
+    if name == "mu_y" and np.float32(min(check_number(name, mu, remedy), 2.0)) == 1:
         raise ValueError(
             f"mu_y must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
             "and the fast iterate z = x + (y - x) / (1 - mu_y) cannot be recovered from them. "
@@ -164,8 +169,12 @@ def state_dtype_or_error(state_dtype: Any) -> jnp.dtype | None:
         return None
     remedy = "Give a floating dtype such as jnp.float32, or None for at least float32."
     try:
+        if isinstance(state_dtype, (np.generic, np.ndarray, jax.Array)):
+            raise TypeError
         dtype = jnp.dtype(state_dtype)
-    except TypeError:
+        # NumPy knows some that JAX does not.
+        jax.eval_shape(lambda: jnp.zeros((), jax.dtypes.canonicalize_dtype(dtype)))
+    except (TypeError, ValueError):
         raise TypeError(f"state_dtype must be a dtype, got {state_dtype!r}. {remedy}") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"state_dtype must be a floating dtype, got {dtype}. {remedy}")

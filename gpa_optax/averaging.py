@@ -21,8 +21,10 @@ from gpa_optax._validate import (
     check_at_least,
     check_concrete,
     check_fraction,
+    check_learning_rate,
     check_number,
     check_positive,
+    is_traced,
 )
 
 __all__ = [
@@ -93,9 +95,10 @@ def from_diloco(inner_steps: float, outer_momentum: float = 0.9) -> float:
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
-    check_at_least("inner_steps", inner_steps, 1, "Give DiLoCo's steps between syncs, such as 32.")
+    remedy = "Give DiLoCo's steps between syncs, such as 32."
+    check_at_least("inner_steps", inner_steps, 1, remedy)
     check_fraction("outer_momentum", outer_momentum, "Give DiLoCo's outer momentum, such as 0.9.")
-    return outer_momentum ** (1 / inner_steps)
+    return _below_one("inner_steps", inner_steps, outer_momentum ** (1 / inner_steps), remedy)
 
 
 def from_horizon(steps: float) -> float:
@@ -109,15 +112,23 @@ def from_horizon(steps: float) -> float:
       ``mu_x`` as a float.
 
     Raises:
-      ValueError: if ``steps`` is below 1 or not finite.
+      ValueError: if ``steps`` is below 1, not finite, or so large that ``mu_x`` rounds to 1.
 
     Examples:
       >>> from gpa_optax import averaging
       >>> averaging.from_horizon(100)
       0.99
     """
-    check_at_least("steps", steps, 1, "Give the averaging window in steps, such as 100.")
-    return 1 - 1 / steps
+    remedy = "Give the averaging window in steps, such as 100."
+    check_at_least("steps", steps, 1, remedy)
+    return _below_one("steps", steps, 1 - 1 / steps, remedy)
+
+
+def _below_one(name: str, value: float, mu_x: float, remedy: str) -> float:
+    """`mu_x`; ValueError where `value` is so large that it rounds to 1, which stops the average."""
+    if not is_traced(mu_x) and mu_x == 1:
+        raise ValueError(f"{name} must be small enough for mu_x < 1, got {value!r}. {remedy}")
+    return mu_x
 
 
 def uniform() -> AveragingSchedule:
@@ -256,6 +267,7 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
             f"learning_rate must be a schedule, got {learning_rate!r}. Give the base optimizer's, "
             "or use averaging.warmed_up(mu_x) if it is constant."
         )
+    check_learning_rate("learning_rate", learning_rate)
     check_positive("peak", peak, "Give the schedule's largest value.")
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
@@ -280,7 +292,7 @@ def lr_weighted(
 
     Args:
       learning_rate: the schedule that the base optimizer uses (or its constant value).
-      warmup_steps: the number of steps in which it grows, at least 0.
+      warmup_steps: the number of steps in which it grows, from 0 to 10 million.
       power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
 
     Raises:
@@ -306,9 +318,14 @@ def lr_weighted(
         ("power", power),
     ):
         check_concrete(name, value, "Give a number that does not depend on traced values.")
-    if not callable(learning_rate):
+    if callable(learning_rate):
+        check_learning_rate("learning_rate", learning_rate)
+    else:
         check_number("learning_rate", learning_rate, remedy)
-    check_at_least("warmup_steps", warmup_steps, 0, "Give the steps of warmup, or 0.", whole=True)
+    steps = "Give the steps of warmup, or 0."
+    check_at_least("warmup_steps", warmup_steps, 0, steps, whole=True)
+    if warmup_steps > 10_000_000:  # the table has as many entries
+        raise ValueError(f"warmup_steps must be at most 10,000,000, got {warmup_steps!r}. {steps}")
     check_at_least("power", power, 0, "Give 2 for Schedule-Free, 0 for a uniform average.")
     warmup_steps = int(warmup_steps)
 

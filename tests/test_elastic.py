@@ -73,7 +73,7 @@ def main(arguments, console):
     config = from_json(kind, json.loads(arguments[1]))
     config.distributed.start()
     {first}
-    return 0 if run(config, console) == config.steps else 1
+    return 0 if run(config, console).done == config.steps else 1
 
 sys.exit(run_command(main))
 """

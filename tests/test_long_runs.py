@@ -42,7 +42,7 @@ def test_where_the_loss_pulls_back_rounding_stays_bounded(distances, mu_y):
             ), (sequence, dtype)
 
 
-# Not x of a uniform average, nor what comes from it: x stops where its step is below its last place.
+# Not x of a uniform average, nor what comes of it: x stops where its step is below its last place.
 @pytest.mark.parametrize("mu_y", long_runs.MU_YS)
 @pytest.mark.parametrize(
     ("setting", "mu_x", "sequences"),

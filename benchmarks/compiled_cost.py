@@ -7,6 +7,7 @@ place, and bytes moved. The compilers are `pip install "jax[tpu]"` and the CUDA 
 """
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -52,6 +53,9 @@ class Config:
     """The Llama whose parameter shapes are used."""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Precisions of params and gradients. GPA keeps a float32 copy of bfloat16 params."""
+    only: tuple[str, ...] = ()
+    """Optimizers to compile, such as "gpa(adamw)"; what the file has of the others is kept. Default:
+    all."""
     quick: bool = False
     """The short form: the first two targets, if their compilers are installed; the preset tiny."""
     out: Path = Path("benchmarks/results/compiled_cost.json")
@@ -122,7 +126,6 @@ def main() -> int:
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     result = {
         **to_store(flags),
-        "date": time.strftime("%Y-%m-%d"),
         "cores": os.cpu_count(),
         "params": size,
         "leaves": len(jax.tree.leaves(params)),
@@ -141,6 +144,12 @@ def main() -> int:
         },
         "updates": [],
     }
+    kept = {}
+    if flags.only:
+        before = json.loads(flags.out.read_text())
+        if before["versions"] != result["versions"]:
+            raise ValueError(f"{flags.out} is of other versions; leave out --only.")
+        kept = {(row["target"], row["dtype"], row["optimizer"]): row for row in before["updates"]}
     for name in flags.targets:
         try:
             target = planning.find(name)
@@ -153,12 +162,14 @@ def main() -> int:
             # Compilers for TPUs take minutes for Muon's products: once will do.
             muon = updates_of_muon() if dtype == "float32" else {}
             for optimizer, update in (updates_of_adamw() | muon).items():
+                row = {"target": name, "dtype": dtype, "optimizer": optimizer}
+                if flags.only and optimizer not in flags.only:
+                    result["updates"].append(kept[tuple(row.values())])
+                    continue
                 with console.status(f"{name} {dtype} {optimizer}"):
                     found = cost(update, params, jnp.dtype(dtype), target)
-                result["updates"].append(
-                    {"target": name, "compiler": target.compiler, "dtype": dtype}
-                    | {"optimizer": optimizer, **found}
-                )
+                row |= {"compiler": target.compiler, "date": time.strftime("%Y-%m-%d")}
+                result["updates"].append(row | found)
             console.print(show(result, name, dtype))
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(flags.out, result)

@@ -54,7 +54,7 @@ class Config:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Precisions of params and gradients. GPA keeps a float32 copy of bfloat16 params."""
     only: tuple[str, ...] = ()
-    """Optimizers to compile, such as "gpa(adamw)"; what the file has of the others is kept. Default:
+    """Optimizers to compile, such as "gpa(adamw)"; what the file has of others is kept. Default:
     all."""
     quick: bool = False
     """The short form: the first two targets, if their compilers are installed; the preset tiny."""

@@ -25,6 +25,7 @@ from flax import nnx
 from rich.console import Console
 from tokenizers import processors
 
+from examples import checkpoints
 from examples.command_line import from_json, run_command, to_json, to_store
 from examples.llama import tokenizing
 from examples.llama.data import TextData
@@ -377,7 +378,9 @@ def test_runs_of_every_kind_of_optimizer_are_read_back(trained, tmp_path, optimi
     config = dataclasses.replace(trained, run=tmp_path, optimizer=optimizer)
     program = build(config, config.task(), make_mesh(1, jax.devices()[:1]))
     state = numbers(program.state)
-    with contextlib.closing(ocp.CheckpointManager(tmp_path / "checkpoints")) as manager:
+    options = ocp.CheckpointManagerOptions(temporary_path_class=checkpoints.WithDigests)
+    path = tmp_path / "checkpoints"
+    with contextlib.closing(ocp.CheckpointManager(path, options=options)) as manager:
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     write_json(tmp_path / "config.json", to_store(config))
     (tmp_path / "tokenizer.json").write_text((trained.run / "tokenizer.json").read_text())

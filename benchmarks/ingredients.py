@@ -1,6 +1,7 @@
 """What each ingredient of GPA's recipe brings, apart from the others, on the workload `text`.
 
 python -m benchmarks.ingredients                # goes on with all of it, for hours
+
 python -m benchmarks.ingredients map
 
 * **ingredients**: GPA at its setting of `benchmarks.steps_to_target`, with one or two things

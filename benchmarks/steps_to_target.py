@@ -1,7 +1,9 @@
 """How many steps does an optimizer need to reach the loss at which well-tuned AdamW ends?
 
 python -m benchmarks.steps_to_target                     # goes on with all studies, for hours
+
 python -m benchmarks.steps_to_target finals --workloads text
+
 python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
 
 The protocol; benchmarks/README.md tells what of it was changed during the study, and when:

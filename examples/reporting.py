@@ -302,16 +302,17 @@ def table(runs: Mapping[str, History], steps: int, baseline: str | None = None) 
     complete = baseline in runs and runs[baseline].done == steps and len(runs) > 1
     goal = runs[baseline].last()["loss"] if complete else None
     metrics = sorted({name for run in runs.values() for name in run.last()}, reverse=True)
-    headings = ["evaluated\nat step", *metrics]
+    headings = ["at\nstep", *metrics]
     if goal is not None:
-        headings += ["reaches it\nat step", "steps\nsaved"]
+        headings += ["reaches\nit at", "steps\nsaved"]
     headings += ["seconds\na step", "state\n(MiB)", "step\n(MiB)"]
     caption = "Loss (nats) on held-out data"
     caption += "." if goal is None else f"; 'it' is {baseline}'s last."
-    result = Table("", *headings, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    result.columns[0].no_wrap = True
+    result = Table("", *headings, caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    result.columns[0].overflow = "fold"
     for column in result.columns[1:]:
         column.justify = "right"
+        column.no_wrap = True  # where it is narrow the names give way, and no digit is lost
     for name, run in runs.items():
         for weights, evaluated in run.validation.items():
             if evaluated[-1][0] != run.done:  # y, when it was asked for at first and later not

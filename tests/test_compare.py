@@ -17,6 +17,7 @@ pytest.importorskip("tyro")
 pytest.importorskip("sklearn")
 
 from programs import on_devices, write_text
+from rich.console import Console
 
 from examples import compare, reporting
 from examples.command_line import run_command
@@ -254,4 +255,26 @@ def test_a_table_shows_what_was_evaluated_at_the_last_step():
 
 def test_an_unknown_command_is_named(capsys):
     assert run_command(llama_main, ["smaple", "run"]) == 2
-    assert "There is no command smaple; there are export" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "There is no command smaple; there are export" in said
+    assert "To train, give none: python -m examples.llama" in said
+
+
+def test_a_table_loses_no_digit_on_a_narrow_terminal():
+    end = {"loss": 2.1597, "accuracy": 0.2138}
+    validation = [(0, {"loss": 5.0, "accuracy": 0.1}), (12345, end)]
+    names = ["AdamW", "Schedule-Free-AdamW", "DiLoCo-AdamW"]
+    runs = {
+        name: History(
+            {"optimizer_bytes": 5 * 2**20, "step_bytes": 34 * 2**20},
+            validation={"x": validation, "y": validation},
+            seconds=[0.0124],
+        )
+        for name in names
+    }
+    console = Console(width=80, record=True)
+    console.print(reporting.table(runs, 12345, "AdamW"))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert shown.count("2.1597 ") == shown.count("0.2138 ") == 6
+    assert all(name in shown for name in names)

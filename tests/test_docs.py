@@ -70,6 +70,16 @@ def test_the_recipe_is_the_average_that_the_page_describes(names):
     assert float(names["mu_x"](500)) == pytest.approx(1 - 1 / (200 / 3 + 301), abs=1e-4)
 
 
+def test_the_annealed_window_of_the_choosing_page_closes_at_the_end(names):
+    names |= {"optax": optax, "averaging": gpa_optax.averaging, "gpa_adamw": gpa_optax.gpa_adamw}
+    names |= {"peak": 4e-3, "steps": 100}
+    run_blocks("docs/choosing.md", names, 1)
+    params, opt_state = run(names["optimizer"], names["params"], lambda t, params: params, 101)
+    x = gpa_optax.eval_params(opt_state, params)
+    assert not np.array_equal(params["kernel"], names["params"]["kernel"])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), x, params)
+
+
 def test_the_migration_page_is_right_that_two_forms_are_the_same(names):
     names |= {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
     before, wrapped, alias = python_blocks("docs/migration.md")[0].splitlines()

@@ -193,6 +193,7 @@ def test_sampling_and_exporting_refuse_a_damaged_checkpoint(name, copied, capfd,
         assert run_command(main, [*command, str(copied.run), *out]) == 2
         said = capfd.readouterr().err
         assert said.startswith(f"The checkpoint {copied.run / 'checkpoints' / '12'} is damaged: ")
+        assert said.endswith(" There are others: --checkpoint 4, 8.\n")
         assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert (copied.run / "checkpoints" / "12").exists()  # reading a run does not change it

@@ -24,7 +24,10 @@ def main(arguments: Sequence[str], console: Console) -> int:
         case ["plan", *rest]:
             return plan(TrainLlama, PROGRAM, rest, console)
         case [name, *_] if not name.startswith("-"):
-            raise ValueError(f"There is no command {name}; there are export, sample and plan.")
+            raise ValueError(
+                f"There is no command {name}; there are export, sample and plan. To train, give "
+                f"none: {PROGRAM} --steps 100."
+            )
         case rest:
             return train_command(TrainLlama, PROGRAM, rest, console)
 

@@ -48,9 +48,17 @@ def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
     options = ocp.CheckpointManagerOptions(create=False)
     path = (folder / "checkpoints").absolute()
     with contextlib.closing(ocp.CheckpointManager(path, options=options)) as manager:
-        step = choose(folder, manager.all_steps(), checkpoint)
+        steps = manager.all_steps()
+        step = choose(folder, steps, checkpoint)
         program = build(config, config.task(), make_mesh(1, [host()]))
-        checkpoints.check(path / str(step), program.state)
+        try:
+            checkpoints.check(path / str(step), program.state)
+        except checkpoints.DamagedError as error:
+            others = sorted(set(steps) - {step})
+            if not others:
+                raise
+            there = ", ".join(map(str, others))
+            raise ValueError(f"{error} There are others: --checkpoint {there}.") from None
         state = checkpoints.restore(manager, step, program.state)
     x = program.recipe.evaluated(state.opt_state, state.params)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config.model, nnx.Rngs(0))))

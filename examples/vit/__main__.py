@@ -18,7 +18,10 @@ def main(arguments: Sequence[str], console: Console) -> int:
         case ["plan", *rest]:
             return plan(TrainViT, PROGRAM, rest, console)
         case [name, *_] if not name.startswith("-"):
-            raise ValueError(f"There is no command {name}; there is plan.")
+            raise ValueError(
+                f"There is no command {name}; there is plan. To train, give none: "
+                f"{PROGRAM} --steps 100."
+            )
         case rest:
             return train_command(TrainViT, PROGRAM, rest, console)
 

@@ -10,7 +10,7 @@
 #
 #   make tables        checks that the tables and figures of the documentation are those of the results
 #   make plans         compiles training steps for TPUs and NVIDIA GPUs that are not there
-#   make test-oldest   runs the tests on the oldest supported versions of everything
+#   make test-oldest   runs the tests of the library on the oldest supported versions
 #   make test-examples-oldest   the same for the examples
 #   make test-prereleases   runs the tests on what will be released next
 #   make audit         looks for known vulnerabilities in what is installed

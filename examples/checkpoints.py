@@ -132,6 +132,10 @@ def newest_good(folder: Path, abstract_state: Any, say: Callable[[str], None]) -
         except DamagedError as newest:
             step, error = -1, newest
     if jax.process_count() > 1:
+        # A collective gives up after half a minute on CPUs, and to read large checkpoints takes
+        # longer. This waits as long as all processes live.
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"checked {folder}", timeout_ms=24 * 60 * 60 * 1000)
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step < 0:
         raise error

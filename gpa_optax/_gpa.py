@@ -169,24 +169,32 @@ def gpa(
         to_z = from_y_to_z(x, y, state.mu_y)
         grads = jax.tree.map(lambda g, y: jnp.asarray(g, y.dtype), updates, y)
         base_updates, base_state = base_optimizer.update(
-            grads, state.base_state, _sum(y, to_z) if base_params == "z" else y, **extra_args
+            grads,
+            state.base_state,
+            jax.tree.map(jnp.add, y, to_z) if base_params == "z" else y,
+            **extra_args,
         )
 
         weight_of_z = _one_minus(mu_x, state.count)
         mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
-        # z' and y' by how far they are from y, which keeps the digits of a step that z' itself has
-        # no room for. Without them the rounding of y' leans to one side where mu_y is a multiple of
-        # 0.1, and z goes astray with the number of steps, not with its root.
+        # The three equations, in which z' and y' are given by their differences from y. A step has
+        # digits that z' itself has no room for. Without them y' is rounded to the same side again
+        # and again if mu_y is a multiple of 0.1, and the error of z grows with the number of steps
+        # instead of with its root.
+        #   z' = z + base_update
         to_z = optax.apply_updates(to_z, base_updates)
+        #   x' = x + (1 - mu_x) (z' - x)
+        # With x - y, because y - x, of which z was made, would be kept in memory for both.
         new_x = jax.tree.map(
-            lambda x, y, to_z: (x + _like(weight_of_z, y) * (y - x + to_z)).astype(x.dtype),
+            lambda x, y, to_z: (x + _like(weight_of_z, y) * (to_z - (x - y))).astype(x.dtype),
             *(x, y, to_z),
         )
+        #   y' = z' + mu_y (x' - z')
         to_y = jax.tree.map(
             lambda x, y, to_z: _lerp(to_z, x.astype(y.dtype) - y, mu_y_now), new_x, y, to_z
         )
 
-        new_y = _sum(y, to_y)
+        new_y = jax.tree.map(jnp.add, y, to_y)
         new_updates = to_y if state.y is None else difference(new_y, params)
         if _dtypes(x) == _dtypes(y):
             # The same x once more, now as a point between the old one and y. It needs z no longer,
@@ -213,10 +221,10 @@ def gpa(
 
 
 def from_y_to_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
-    """z - y = mu_y / (1 - mu_y) * (y - x), of which x + (y - x) / (1 - mu_y) is z.
+    """z - y, which is mu_y (y - x) / (1 - mu_y).
 
-    As a product and a quotient: the rounding of the ratio would move z to the same side at each
-    update.
+    First multiplied, then divided: mu_y / (1 - mu_y) by itself would be rounded, and move z to the
+    same side at each update.
     """
     rest = 1 - mu_y
     return jax.tree.map(
@@ -231,10 +239,6 @@ def full_precision_y(state: GPAState, params: Any) -> Any:
 def difference(new: Any, params: Any) -> Any:
     """The update that takes the params to `new`, in the params' dtype."""
     return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
-
-
-def _sum(tree: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: a + b, tree, other)
 
 
 def _dtypes(tree: Any) -> list[jnp.dtype]:

@@ -112,7 +112,7 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
                 f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
                 "Call jax.vmap(iterates)(opt_state, params)."
             )
-        z = jax.tree.map(lambda y, to_z: y + to_z, y, from_y_to_z(x, y, mu_y))
+        z = jax.tree.map(jnp.add, y, from_y_to_z(x, y, mu_y))
         found.append((x, y, z))
     x, y, z = (
         _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)

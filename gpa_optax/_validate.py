@@ -40,7 +40,8 @@ def check_schedule(name: str, schedule: Callable[..., Any], example: str) -> Non
     except TypeError:
         raise TypeError(
             f"{name} must be a float or a schedule, which takes the step count, got {schedule!r} "
-            f"with the arguments {signature}. Give what it returns, such as {example}."
+            f"with the arguments ({', '.join(signature.parameters)}). Give what it returns, such "
+            f"as {example}."
         ) from None
 
 

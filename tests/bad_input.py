@@ -166,7 +166,7 @@ CASES = [
         ["params", "['more']", "(7,)", "Call init again"],
     ),
     Case(
-        'gpa(SGD).update(PARAMS, STATE, PARAMS | {"w": jnp.ones((2, 3))})',
+        'gpa(SGD).update(PARAMS, STATE, {**PARAMS, "w": jnp.ones((2, 3))})',
         ValueError,
         ["params", "['w']", "(2, 3)", "(3, 2)"],
     ),

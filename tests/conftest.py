@@ -36,10 +36,15 @@ def pytest_report_header():
     return ", ".join(found)
 
 
+def double(on):
+    """With float64, or without."""
+    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with double(True):
         yield
 
 

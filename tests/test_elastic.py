@@ -73,7 +73,7 @@ def main(arguments, console):
     config = from_json(kind, json.loads(arguments[1]))
     config.distributed.start()
     {first}
-    return 0 if run(config, console).done == config.steps else 1
+    return run(config, console).status
 
 sys.exit(run_command(main))
 """
@@ -193,6 +193,37 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(tmp_path, monkeypat
             process.kill()
     assert errors == SENTENCE.format(victim)
     assert running[1 - victim].returncode == 1
+
+
+def test_sigterm_saves_the_last_step_and_ends_all_processes(tmp_path):
+    config = dataclasses.replace(text_run(tmp_path), steps=100_000)
+    running = start(config, 2)
+    try:
+        wait_for_checkpoint(config, running)
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], outputs
+    last = History.read(config.run).train_loss[-1][0]
+    assert last < config.steps
+    data = config.run / "checkpoints" / str(last) / "data"
+    assert len(list(data.glob("process_?-of-2.json"))) == 2
+
+
+@pytest.mark.long
+def test_the_others_wait_for_a_check_that_takes_longer_than_a_collective_may(tmp_path):
+    slow = """
+    import time
+    from examples import checkpoints
+    check = checkpoints.set_aside
+    checkpoints.set_aside = lambda *given: time.sleep(45) or check(*given)
+    """
+    running = start(text_run(tmp_path), 2, first=slow.strip())
+    outputs = [process.communicate(timeout=600) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from conftest import double
 from hypothesis import event
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
@@ -181,10 +182,6 @@ def place(tree):
         ),
         tree,
     )
-
-
-def double(on):
-    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
 
 
 def check(case: Case) -> None:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,14 +20,13 @@ pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
-from programs import assert_same, saved, write_text
+from programs import ROOT, assert_same, environment, saved, write_text
 
 from examples.command_line import from_json
 from examples.llama.train import TrainLlama
 from examples.reporting import records
 from examples.vit.train import TrainViT
 
-ROOT = Path(__file__).parent.parent
 KINDS = {"llama": TrainLlama, "vit": TrainViT}
 EVERY = 4  # steps from one checkpoint to the next
 MOMENTS = ("in a step", "in an evaluation", "in a checkpoint write")
@@ -47,11 +45,8 @@ def command(workload, folder, run, steps, *flags):
 
 
 def start(arguments, output):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
-    return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-    )
+    wide = environment() | {"COLUMNS": "200"}
+    return subprocess.Popen(arguments, cwd=ROOT, env=wide, stdout=output, stderr=subprocess.STDOUT)
 
 
 def run_to_the_end(arguments, folder):
@@ -106,7 +101,9 @@ def kill_at(arguments, run, wanted, after, chooser, log):
         while True:
             wait(process, log)
             if wanted in moments(run) and chooser.random() < 0.5:
-                process.send_signal(signal.SIGSTOP)  # it stays at this moment while it is looked at
+                # It stays at this moment while it is looked at, as soon as it has stopped.
+                process.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
                 if wanted in moments(run):
                     break
                 process.send_signal(signal.SIGCONT)

@@ -210,6 +210,8 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Has errors of the thread that writes say in a sentence what failed, and what there is yet."""
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # a collective with a process that is gone: see peers.py
+        raise
     except Exception as error:  # of orbax, tensorstore or the system, of many types
         last = manager.latest_step()
         kept = "there is none yet" if last is None else f"the last whole one is that of step {last}"

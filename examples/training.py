@@ -191,23 +191,18 @@ def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
     def mean_loss(params: optax.Params, rows: Batch, key: jax.Array) -> jax.Array:
         return task.metrics(nnx.merge(graph, params), rows, key)["loss"].mean()
 
-    # A branch, because it is compiled as it is without one: same bits, same memory, in place. A
-    # jnp.where would be fused with the update, which rounds otherwise then, and holds copies on a
-    # CPU. optax.apply_if_finite reads all gradients once more, does not look at the loss, and lets
-    # what is not finite pass when there was too much of it.
-    def update(
-        grads: optax.Updates, params: optax.Params, opt_state: optax.OptState
-    ) -> tuple[optax.Params, optax.OptState]:
-        updates, opt_state = recipe.optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), config.accumulate)
         loss, grads = accumulate(jax.value_and_grad(mean_loss), state.params, batch, keys)
         grad_norm = optax.tree.norm(grads)  # no finite number if any element is none
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.lax.cond(
-            good, update, lambda _, *unchanged: unchanged, grads, state.params, state.opt_state
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        updated = optax.apply_updates(state.params, updates), opt_state
+        # A choice and no branch, whose two sides an H100's compiler keeps apart, in temporaries as
+        # large as the model. optax.apply_if_finite is such a branch, reads all gradients once more,
+        # does not look at the loss, and lets what is not finite pass when there was too much of it.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), updated, (state.params, state.opt_state)
         )
         metrics = {"loss": loss, "grad_norm": grad_norm, "good": good}
         return State(state.step + 1, params, opt_state, state.key), metrics

@@ -477,6 +477,15 @@ def poison(steps, monkeypatch):
     monkeypatch.setattr(training, "build", building)
 
 
+def test_leaving_out_a_step_is_a_choice_and_no_branch(tmp_path):
+    """A branch's two sides are kept apart on an H100, in temporaries as large as the model."""
+    config = llama(tmp_path)
+    program = training.build(config, config.task(), make_mesh(1, jax.devices()[:1]))
+    traced = str(program.step.trace(program.state, program.batch).jaxpr)
+    assert "select_n" in traced
+    assert "cond[" not in traced
+
+
 def test_bad_steps_are_counted_told_and_end_the_run_when_they_are_too_many(
     tmp_path, monkeypatch, capfd
 ):

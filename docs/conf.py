@@ -52,6 +52,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(optax|jax|flax|jnp)\..*"),
     ("py:exc", r"(TypeError|ValueError)(, ValueError)?"),
 ]
+autodoc_preserve_defaults = True  # a schedule as it is written, without its address
 autodoc_typehints = "none"  # the docstrings tell them, with shapes and meaning
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

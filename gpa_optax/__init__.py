@@ -7,7 +7,14 @@ Defazio et al., *Smoothing DiLoCo with Primal Averaging for Faster Training of L
 """
 
 from gpa_optax import averaging
-from gpa_optax._aliases import gpa_adamw, gpa_lion, gpa_muon, gpa_sgd
+from gpa_optax._aliases import (
+    annealed_adamw,
+    anytime_adamw,
+    gpa_adamw,
+    gpa_lion,
+    gpa_muon,
+    gpa_sgd,
+)
 from gpa_optax._diloco import SingleWorkerDiLoCoState, single_worker_diloco
 from gpa_optax._gpa import GPAState, gpa
 from gpa_optax._iterates import Iterates, eval_params, iterates
@@ -18,6 +25,8 @@ __all__ = [
     "GPAState",
     "Iterates",
     "SingleWorkerDiLoCoState",
+    "annealed_adamw",
+    "anytime_adamw",
     "averaging",
     "eval_params",
     "gpa",

@@ -1,4 +1,8 @@
-"""GPA around the usual base optimizers, with the base's own arguments after `mu_x` and `mu_y`."""
+"""GPA around the usual base optimizers.
+
+`annealed_adamw` and `anytime_adamw` are whole settings, schedule and average included. The others
+have the base's own arguments after `mu_x` and `mu_y`.
+"""
 
 from typing import Any, Literal
 
@@ -6,15 +10,212 @@ import jax
 import optax
 from optax.contrib import muon
 
+from gpa_optax import averaging
 from gpa_optax._gpa import gpa
+from gpa_optax._validate import check_peak, check_steps, check_window
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
 MaskOrFn = Any
 
 
+def annealed_adamw(
+    learning_rate: jax.typing.ArrayLike,
+    steps: int,
+    warmup_steps: int,
+    *,
+    mu_y: optax.ScalarOrSchedule = 0.9,
+    window: float = 0.05,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    mask: MaskOrFn = None,
+    base_params: Literal["z", "y"] = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around AdamW for a run whose length is known, with its schedule and its average.
+
+    The learning rate :math:`\eta` grows from 0 to its peak along a line, and then falls to 0 along
+    a line. The average's window follows it:
+
+    .. math::
+
+      \eta(t) = \eta_{\max} \min\left(\frac{t}{W},\ \frac{T - t}{T - W}\right), \qquad
+      \mu_x(t) = \min\left(\frac{t}{t + 1},\
+        1 - \frac{1}{\max(1,\ a\, T\, \eta(t) / \eta_{\max})}\right)
+
+    with :math:`T` ``steps``, :math:`W` ``warmup_steps`` and :math:`a` ``window``. The only momentum
+    is ``mu_y``: AdamW keeps no first moment, so that with float32 params the state is as large as
+    AdamW's. It is `gpa_adamw` with ``b1=0`` and `averaging.annealed`; use those for another
+    schedule.
+
+    Twice the learning rate that is good for AdamW and a fifth of the run as warmup is where to
+    start from.
+
+    Args:
+      learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.
+      steps: the number of updates :math:`T` of the whole run, at least 1. Updates after these
+        change nothing, because the learning rate is 0.
+      warmup_steps: the number of updates :math:`W` in which the learning rate grows, from 0 to
+        below ``steps``.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      window: the steps that the average remembers at the peak, as a part of ``steps``, in (0, 1].
+      b2: decay of the second moment.
+      eps: added to the denominator outside the square root.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; a float or a schedule.
+      mask: the leaves that decay: a tree of booleans like the params or a prefix of it, or a
+        function that makes one of the params.
+      base_params: where weight decay acts, "z" or "y"; see `gpa`.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError: if ``learning_rate`` is a schedule, or ``steps`` or ``warmup_steps`` is traced;
+        within `optax.inject_hyperparams` name both in its ``static_args``.
+      ValueError: if an argument is out of its range.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import annealed_adamw, eval_params
+      >>> optimizer = optax.chain(
+      ...     optax.clip_by_global_norm(1.0), annealed_adamw(0.1, steps=200, warmup_steps=40))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(200):
+      ...     grads = jax.grad(lambda w: jnp.sum((w - 1.0) ** 2))(params)
+      ...     updates, opt_state = optimizer.update(grads, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.allclose(eval_params(opt_state, params), 1.0, atol=0.05)))
+      True
+
+    References:
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    check_peak("learning_rate", learning_rate, "gpa_adamw(schedule, averaging.annealed(...), b1=0)")
+    check_steps("steps", steps, 1)
+    check_steps("warmup_steps", warmup_steps, 0)
+    if warmup_steps >= steps:
+        raise ValueError(
+            f"warmup_steps must be below steps ({steps}), got {warmup_steps!r}. Give a part of the "
+            "run, such as steps // 5."
+        )
+    check_window(window)
+    shape = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, 1.0, warmup_steps),
+            optax.linear_schedule(1.0, 0.0, steps - warmup_steps),
+        ],
+        [warmup_steps],
+    )
+    average = averaging.annealed(averaging.from_horizon(max(1.0, window * steps)), shape, peak=1.0)
+    return gpa_adamw(
+        lambda count: learning_rate * shape(count),
+        average,
+        mu_y,
+        b1=0.0,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        base_params=base_params,
+        state_dtype=state_dtype,
+    )
+
+
+def anytime_adamw(
+    learning_rate: jax.typing.ArrayLike,
+    warmup_steps: int,
+    *,
+    mu_y: optax.ScalarOrSchedule = 0.9,
+    b2: jax.typing.ArrayLike = 0.95,
+    eps: jax.typing.ArrayLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    mask: MaskOrFn = None,
+    base_params: Literal["z", "y"] = "z",
+    state_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""GPA around AdamW for a run of any length, with its schedule and its average.
+
+    The learning rate :math:`\eta` grows from 0 along a line and then stays. The average is
+    Schedule-Free's, in which iterates weigh as the square of their learning rate:
+
+    .. math::
+
+      \eta(t) = \eta_{\max} \min\left(\frac{t}{W},\ 1\right), \qquad
+      \mu_x(t) = 1 - \frac{\eta(t)^2}{\eta(0)^2 + \dots + \eta(t)^2}
+
+    with :math:`W` ``warmup_steps``. x is good to use at any step after the warmup, and training can
+    always be continued. The only momentum is ``mu_y``: AdamW keeps no first moment, so that with
+    float32 params the state is as large as AdamW's. It is `gpa_adamw` with ``b1=0`` and
+    `averaging.lr_weighted`; use those for another schedule.
+
+    Twice the learning rate that is good for AdamW is where to start from.
+
+    Args:
+      learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.
+      warmup_steps: the number of updates :math:`W` in which the learning rate grows, from 0 to
+        10 million.
+      mu_y: how far the params lie from z towards x; see `gpa`.
+      b2: decay of the second moment.
+      eps: added to the denominator outside the square root.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; a float or a schedule.
+      mask: the leaves that decay: a tree of booleans like the params or a prefix of it, or a
+        function that makes one of the params.
+      base_params: where weight decay acts, "z" or "y"; see `gpa`.
+      state_dtype: the dtype of x, at least float32 by default; see `gpa`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
+
+    Raises:
+      TypeError: if ``learning_rate`` is a schedule, or ``warmup_steps`` is traced; within
+        `optax.inject_hyperparams` name it in its ``static_args``.
+      ValueError: if an argument is out of its range.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from gpa_optax import anytime_adamw, eval_params
+      >>> optimizer = optax.chain(
+      ...     optax.clip_by_global_norm(1.0), anytime_adamw(0.1, warmup_steps=40))
+      >>> params = jnp.array([1.0, -2.0])
+      >>> opt_state = optimizer.init(params)
+      >>> for _ in range(300):
+      ...     grads = jax.grad(lambda w: jnp.sum((w - 1.0) ** 2))(params)
+      ...     updates, opt_state = optimizer.update(grads, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(bool(jnp.allclose(eval_params(opt_state, params), 1.0, atol=0.05)))
+      True
+
+    References:
+      Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
+
+      Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
+      <https://arxiv.org/abs/2512.17131>`_, 2025
+    """
+    check_peak(
+        "learning_rate", learning_rate, "gpa_adamw(schedule, averaging.lr_weighted(...), b1=0)"
+    )
+    check_steps("warmup_steps", warmup_steps, 0)
+    shape = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else lambda count: 1.0
+    return gpa_adamw(
+        lambda count: learning_rate * shape(count),
+        averaging.lr_weighted(shape, warmup_steps),
+        mu_y,
+        b1=0.0,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        base_params=base_params,
+        state_dtype=state_dtype,
+    )
+
+
 def gpa_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.999,
@@ -106,7 +307,7 @@ def _is_zero(value: jax.typing.ArrayLike) -> bool:
 
 def gpa_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
@@ -163,7 +364,7 @@ def gpa_sgd(
 
 def gpa_lion(
     learning_rate: optax.ScalarOrSchedule,
-    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     b1: jax.typing.ArrayLike = 0.9,
     b2: jax.typing.ArrayLike = 0.99,
@@ -230,7 +431,7 @@ def gpa_lion(
 
 def gpa_muon(
     learning_rate: optax.ScalarOrSchedule,
-    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     ns_coeffs: tuple[Any, ...] | str = (3.4445, -4.7750, 2.0315),
     ns_steps: jax.typing.ArrayLike = 5,

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpa_optax._gpa import difference, stored_dtype
+from gpa_optax._precision import difference, stored_dtype, stored_or_given
 from gpa_optax._validate import (
     check_at_least,
     check_fraction,
-    check_inexact,
     check_learning_rate,
+    check_params,
     check_transformation,
     check_update,
     is_traced,
@@ -115,12 +115,13 @@ def single_worker_diloco(
     outer_optimizer = optax.sgd(outer_learning_rate, outer_momentum, nesterov=True)
 
     def init_fn(params: optax.Params) -> SingleWorkerDiLoCoState:
-        check_inexact(params)
+        check_params(params)
+        # Copies all: params and state are both donated to the training step.
         slow = jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params)
         return SingleWorkerDiLoCoState(
             count=jnp.zeros([], jnp.int32),
             slow=slow,
-            inner_state=inner_optimizer.init(params),
+            inner_state=inner_optimizer.init(jax.tree.map(jnp.copy, params)),
             outer_state=outer_optimizer.init(slow),
         )
 
@@ -130,21 +131,22 @@ def single_worker_diloco(
         params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SingleWorkerDiLoCoState]:
-        check_update("single_worker_diloco", updates, params, state.slow)
+        check_update(
+            "single_worker_diloco", SingleWorkerDiLoCoState, updates, state, params, "slow"
+        )
+        stored = stored_or_given(state.count, state.slow, params)
         inner_updates, inner_state = inner_optimizer.update(
             updates, state.inner_state, params, **extra_args
         )
         fast = optax.apply_updates(params, inner_updates)
 
         def keep() -> tuple[Any, Any, Any]:
-            return fast, state.slow, state.outer_state
+            return fast, stored, state.outer_state
 
         def synchronize() -> tuple[Any, Any, Any]:
-            delta = jax.tree.map(lambda s, f: s - f.astype(s.dtype), state.slow, fast)
-            outer_updates, outer_state = outer_optimizer.update(
-                delta, state.outer_state, state.slow
-            )
-            slow = optax.apply_updates(state.slow, outer_updates)
+            delta = jax.tree.map(lambda s, f: s - f.astype(s.dtype), stored, fast)
+            outer_updates, outer_state = outer_optimizer.update(delta, state.outer_state, stored)
+            slow = optax.apply_updates(stored, outer_updates)
             return jax.tree.map(lambda s, f: s.astype(f.dtype), slow, fast), slow, outer_state
 
         count = optax.safe_increment(state.count)

@@ -1,14 +1,27 @@
 """Generalized Primal Averaging: the transformation and its state."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from gpa_optax import averaging
+from gpa_optax._precision import (
+    full_dtype,
+    lerp,
+    like,
+    needs_master_copy,
+    scalar_dtype,
+    stored_dtype,
+    stored_or_given,
+)
 from gpa_optax._validate import (
-    check_inexact,
+    check_dtypes,
     check_mu,
+    check_no_value_fn,
+    check_params,
     check_transformation,
     check_update,
     state_dtype_or_error,
@@ -21,7 +34,8 @@ class GPAState(NamedTuple):
 
     Attributes:
       count: number of updates so far; an int32 scalar that stops at its largest value.
-      mu_y: the ``mu_y`` of the last update, a scalar, with which z comes back; 0 before the first.
+      last_mu_y: the ``mu_y`` of the last update, a scalar, with which z comes back; 0 before the
+        first.
       x: the average, a tree like the params, in the state's dtype.
       y: the params at the state's dtype, a tree like the params, when any of them is narrower than
         that; the params are its cast, up to the rounding of their updates. None otherwise: the
@@ -30,7 +44,7 @@ class GPAState(NamedTuple):
     """
 
     count: jax.typing.ArrayLike
-    mu_y: jax.Array
+    last_mu_y: jax.Array
     x: optax.Params
     y: optax.Params | None
     base_state: optax.OptState
@@ -38,7 +52,7 @@ class GPAState(NamedTuple):
 
 def gpa(
     base_optimizer: optax.GradientTransformation,
-    mu_x: optax.ScalarOrSchedule = 0.9967,
+    mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     *,
     base_params: Literal["z", "y"] = "z",
@@ -48,7 +62,7 @@ def gpa(
 
     Three sequences of parameters start at the same point. The base optimizer steps at the fast
     iterate :math:`z`, validation and inference use the average :math:`x`, and gradients are taken
-    in between, at :math:`y`, which are the params of the training loop:
+    in between, at :math:`y`:
 
     .. math::
 
@@ -58,8 +72,14 @@ def gpa(
         y_{t+1} &= \mu_y\, x_{t+1} + (1 - \mu_y)\, z_{t+1}
       \end{align*}
 
-    The params hold :math:`y` and the state holds :math:`x`, one buffer more than the base
-    optimizer's; :math:`z_t = x_t + (y_t - x_t) / (1 - \mu_y)` is recovered from them.
+    The state and the params together hold all three. The params of the training loop are :math:`y`,
+    and the state stores :math:`x`, one buffer more than the base optimizer's;
+    :math:`z_t = x_t + (y_t - x_t) / (1 - \mu_y)` comes back from both. Where the params are
+    narrower than float32, the state also stores :math:`y` in float32, and the params are its cast.
+
+    The defaults are the paper's constants after a uniform start. They are for long runs: around a
+    base that has a momentum of its own they lost to AdamW in runs of 1,000 steps and were level at
+    4,000. `annealed_adamw` and `anytime_adamw` are settings for runs of any length.
 
     ========================  ==================================================================
     Setting                   Method
@@ -78,9 +98,15 @@ def gpa(
     does a wrapper that moves the params itself, such as `optax.lookahead` or
     `optax.contrib.mechanize`: around GPA it would change y behind GPA's back.
 
+    Weights may be loaded between ``init`` and the first ``update``: x starts at the params that the
+    first update is given.
+
     Args:
       base_optimizer: the optimizer whose iterates are averaged. Its learning-rate schedule, weight
-        decay and momentum act on z. Extra arguments of ``update`` are passed on to it.
+        decay and momentum act on z. Extra arguments of ``update`` are passed on to it. A base that
+        evaluates the loss itself, around the params that it is given, needs ``base_params="y"``: a
+        line search (refused otherwise), `optax.contrib.sam` with ``opaque_mode``,
+        `optax.value_and_grad_from_state`.
       mu_x: how slowly the average moves, in [0, 1): a float, or a schedule of the step count (from
         0). The average remembers about ``1 / (1 - mu_x)`` steps, which must be short against the
         run. See `gpa_optax.averaging` for constants and schedules, among them schedules that stay
@@ -100,11 +126,12 @@ def gpa(
 
     Raises:
       TypeError: if ``base_optimizer`` is no transformation, ``mu_x`` or ``mu_y`` neither a number
-        nor a function of the step count, ``state_dtype`` not floating; from ``init``, if
-        a leaf of the params is integer or boolean.
+        nor a function of the step count, ``state_dtype`` not floating; from ``init``, if a leaf of
+        the params is no array of floating-point or complex numbers; from ``update``, if the state
+        is no `GPAState`, or the params have another dtype than at ``init``.
       ValueError: if ``mu_x`` or ``mu_y`` is outside [0, 1), ``base_params`` neither "z" nor "y";
-        from ``update``, if params are missing, or gradients or params differ from the state in
-        structure or shape.
+        from ``update``, if params are missing, gradients or params differ from the state in
+        structure or shape, or ``value_fn`` is given with ``base_params="z"``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -131,6 +158,10 @@ def gpa(
       expects ``y`` to be None, unless ``state_dtype`` is given: give ``state_dtype=jnp.float32``
       when you use it with bfloat16 params.
 
+      Params and state can be donated together. A base that stores one array twice, as
+      `optax.lbfgs` and `optax.contrib.cocob` do, needs a state from ``jax.jit(optimizer.init)``
+      for that.
+
     References:
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025, Algorithm 1
@@ -149,70 +180,53 @@ def gpa(
     base_optimizer = optax.with_extra_args_support(base_optimizer)
 
     def init_fn(params: optax.Params) -> GPAState:
-        check_inexact(params)
-        y = jax.tree.map(lambda p: jnp.asarray(p, _wider(p, state_dtype)), params)
+        check_params(params)
+        # Copies all: params and state are both donated to the training step.
+        y = jax.tree.map(lambda p: jnp.array(p, full_dtype(p, state_dtype), copy=True), params)
         return GPAState(
             count=jnp.zeros([], jnp.int32),
-            # Of no update yet, and so z = y, also where x is stored with fewer digits than y.
-            mu_y=jnp.zeros([], _scalar_dtype(y)),
-            # A copy, because params and state are both donated to the train step.
+            # Before the first update z = y, also where x is stored with fewer digits than y.
+            last_mu_y=jnp.zeros([], scalar_dtype(y)),
             x=jax.tree.map(lambda p: jnp.array(p, stored_dtype(p, state_dtype), copy=True), params),
-            y=jax.tree.map(jnp.copy, y) if _needs_master(params, state_dtype) else None,
+            y=jax.tree.map(jnp.copy, y) if needs_master_copy(params, state_dtype) else None,
             base_state=base_optimizer.init(y),
         )
 
     def update_fn(
         updates: optax.Updates, state: GPAState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GPAState]:
-        check_update("gpa", updates, params, state.x)
-        x, y = state.x, full_precision_y(state, params)
-        to_z = from_y_to_z(x, y, state.mu_y)
-        grads = jax.tree.map(lambda g, y: jnp.asarray(g, y.dtype), updates, y)
-        base_updates, base_state = base_optimizer.update(
-            grads,
+        check_update("gpa", GPAState, updates, state, params, "x")
+        check_dtypes(params, state.x, state.y is not None, state_dtype)
+        if base_params == "z":
+            check_no_value_fn(extra_args)
+        x, y = x_and_y(state, params)
+        mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.last_mu_y.dtype)
+
+        # The base optimizer's step from z to z', with the gradient at y.
+        step, base_state = base_optimizer.update(
+            jax.tree.map(lambda g, y: jnp.asarray(g, y.dtype), updates, y),
             state.base_state,
-            jax.tree.map(jnp.add, y, to_z) if base_params == "z" else y,
+            z_of(x, y, state.last_mu_y) if base_params == "z" else y,
             **extra_args,
         )
 
-        weight_of_z = _one_minus(mu_x, state.count)
-        mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.mu_y.dtype)
-        # The three equations, in which z' and y' are given by their differences from y. A step has
-        # digits that z' itself has no room for. Without them y' is rounded to the same side again
-        # and again if mu_y is a multiple of 0.1, and the error of z grows with the number of steps
-        # instead of with its root.
-        #   z' = z + base_update
-        to_z = optax.apply_updates(to_z, base_updates)
-        #   x' = x + (1 - mu_x) (z' - x)
-        # With x - y, because y - x, of which z was made, would be kept in memory for both.
-        new_x = jax.tree.map(
-            lambda x, y, to_z: (x + _like(weight_of_z, y) * (to_z - (x - y))).astype(x.dtype),
-            *(x, y, to_z),
-        )
-        #   y' = z' + mu_y (x' - z')
-        to_y = jax.tree.map(
-            lambda x, y, to_z: _lerp(to_z, x.astype(y.dtype) - y, mu_y_now), new_x, y, to_z
-        )
-
-        new_y = jax.tree.map(jnp.add, y, to_y)
-        new_updates = to_y if state.y is None else difference(new_y, params)
-        if _dtypes(x) == _dtypes(y):
-            # The same x once more, now as a point between the old one and y. It needs z no longer,
-            # which XLA's CPU backend, whose kernels write one array each, would keep for it, of all
-            # leaves at once. A narrower x is rounded, and y was made of it: it stays.
-            weight_of_y = weight_of_z / (1 - mu_y_now + mu_y_now * weight_of_z)
-            new_x = jax.tree.map(lambda x, y: _lerp(x, y, weight_of_y), x, new_y)
-            if state.y is not None:
-                # The params of y by way of x: a TPU's compiler writes all three in one kernel if
-                # each is made of the one before, but not if y is read for both others.
-                end = jax.tree.map(lambda x, y: x + (y - x), new_x, new_y)
-                new_updates = difference(end, params)
-
-        return new_updates, GPAState(
-            count=optax.safe_increment(state.count),
+        average = functools.partial(
+            _average_leaf,
+            weight_of_z=_one_minus(mu_x, state.count),
+            last_mu_y=state.last_mu_y,
             mu_y=mu_y_now,
-            x=new_x,
-            y=None if state.y is None else new_y,
+            y_is_stored=state.y is not None,
+        )
+        averaged = jax.tree.map(average, x, y, step, params)
+
+        def each(field: str) -> Any:
+            return jax.tree.map(lambda _, leaf: getattr(leaf, field), x, averaged)
+
+        return each("update"), GPAState(
+            count=optax.safe_increment(state.count),
+            last_mu_y=mu_y_now,
+            x=each("x"),
+            y=None if state.y is None else each("y"),
             base_state=base_state,
         )
 
@@ -220,35 +234,86 @@ def gpa(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
 
 
-def from_y_to_z(x: Any, y: Any, mu_y: jax.Array) -> Any:
-    """z - y, which is mu_y (y - x) / (1 - mu_y).
+def x_and_y(state: GPAState, params: optax.Params) -> tuple[Any, Any]:
+    """x as it is stored and y at full precision; before the first update those of `params`."""
+    if state.y is None:
+        y = jax.tree.map(jnp.asarray, params)
+    else:
+        y = stored_or_given(state.count, state.y, params)
+    return stored_or_given(state.count, state.x, y), y
 
-    First multiplied, then divided: mu_y / (1 - mu_y) by itself would be rounded, and move z to the
-    same side at each update.
+
+def z_of(x: Any, y: Any, mu_y: jax.typing.ArrayLike) -> Any:
+    """z = y + mu_y (z - x), which is y to the last bit where ``mu_y`` is 0."""
+    return jax.tree.map(lambda x, y: y + like(mu_y, y) * _gap(x, y, mu_y), x, y)
+
+
+def _gap(x: jax.Array, y: jax.Array, mu_y: jax.typing.ArrayLike) -> jax.Array:
+    """z - x, of one leaf; ``mu_y`` is that of the last update."""
+    return (y - x.astype(y.dtype)) / like(1 - mu_y, y)
+
+
+class _Leaf(NamedTuple):
+    """What an update makes of one leaf."""
+
+    x: jax.Array
+    y: jax.Array
+    update: jax.Array
+
+
+def _average_leaf(
+    x: jax.Array,
+    y: jax.Array,
+    step: jax.Array,
+    param: jax.typing.ArrayLike,
+    *,
+    weight_of_z: jax.typing.ArrayLike,
+    last_mu_y: jax.Array,
+    mu_y: jax.Array,
+    y_is_stored: bool,
+) -> _Leaf:
+    """The second and third equation for one leaf; `step`, which is z' - z, is the first.
+
+    They stand as differences, because z is kept nowhere but in y: written as sums, y' would be
+    rounded to the same side again and again, and z would drift with the number of steps instead of
+    its root. x' is rounded as it is stored before y' is made of it, for the same reason.
     """
-    rest = 1 - mu_y
-    return jax.tree.map(
-        lambda x, y: _like(mu_y, y) * (y - x.astype(y.dtype)) / _like(rest, y), x, y
-    )
+    step = jnp.asarray(step, y.dtype)
+    wide_x, gap = x.astype(y.dtype), _gap(x, y, last_mu_y)
+    w, mu, last_mu = like(weight_of_z, y), like(mu_y, y), like(last_mu_y, y)
+
+    # x' = mu_x x + (1 - mu_x) z', which is x + (1 - mu_x) (z' - x).
+    new_x = (wide_x + w * (gap + step)).astype(x.dtype)
+    # y' = mu_y' x' + (1 - mu_y') z', less the same of the last update: y = mu_y x + (1 - mu_y) z.
+    change = mu * (new_x.astype(y.dtype) - wide_x) + (1 - mu) * step + (last_mu - mu) * gap
+    return _in_one_kernel(x, y, new_x, change, param, w / (1 - mu + mu * w), y_is_stored)
 
 
-def full_precision_y(state: GPAState, params: Any) -> Any:
-    return jax.tree.map(jnp.asarray, params if state.y is None else state.y)
+def _in_one_kernel(
+    x: jax.Array,
+    y: jax.Array,
+    new_x: jax.Array,
+    change: jax.Array,
+    param: jax.typing.ArrayLike,
+    weight_of_y: jax.Array,
+    y_is_stored: bool,
+) -> _Leaf:
+    """The same x', y' and update, in the form that takes one kernel and no temporary memory.
 
+    A CPU: kernels of XLA's backend write one array each, and for `new_x` as it stands the base's
+    steps of all leaves would be kept in memory. As the point between x and y' it needs none.
 
-def difference(new: Any, params: Any) -> Any:
-    """The update that takes the params to `new`, in the params' dtype."""
-    return jax.tree.map(lambda n, p: n.astype(jnp.result_type(p)) - p, new, params)
-
-
-def _dtypes(tree: Any) -> list[jnp.dtype]:
-    return [leaf.dtype for leaf in jax.tree.leaves(tree)]
-
-
-def _lerp(start: jax.Array, end: jax.Array, weight: jax.typing.ArrayLike) -> jax.Array:
-    """(1 - weight) start + weight end, in the form that keeps the digits of a small weight."""
-    way = end - start
-    return start + _like(weight, way) * way
+    A TPU: x', y' and a narrow parameter are written by one kernel if each is made of the one
+    before, but not if y' is read for both others. So the parameter is made by way of x'.
+    """
+    new_y = y + change
+    if x.dtype == y.dtype:  # a narrower x' is rounded, and y' was made of it: it stays
+        new_x = lerp(x, new_y, weight_of_y)
+    if not y_is_stored:
+        return _Leaf(new_x, new_y, change)
+    wide_x = new_x.astype(y.dtype)
+    end = wide_x + (new_y - wide_x)
+    return _Leaf(new_x, new_y, end.astype(jnp.result_type(param)) - param)
 
 
 def _mu_at(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
@@ -259,40 +324,3 @@ def _one_minus(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.t
     # For a constant the subtraction is Python's, in float64; an AveragingSchedule never forms mu,
     # of which float32 keeps too few digits near 1.
     return mu.weight(count) if isinstance(mu, AveragingSchedule) else 1 - _mu_at(mu, count)
-
-
-def _like(scalar: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
-    """The scalar in the leaf's precision, and real where the leaf is complex."""
-    return jnp.asarray(scalar, jnp.finfo(leaf.dtype).dtype)
-
-
-def _scalar_dtype(y: Any) -> jnp.dtype:
-    """Float64 where a leaf needs it, float32 otherwise."""
-    return jnp.result_type(
-        jnp.float32, *(jnp.finfo(leaf.dtype).dtype for leaf in jax.tree.leaves(y))
-    )
-
-
-def stored_dtype(p: jax.typing.ArrayLike, state_dtype: jnp.dtype | None = None) -> jnp.dtype:
-    """The dtype in which the state stores a param: by default at least float32."""
-    dtype = jnp.result_type(p)
-    if state_dtype is None:
-        return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
-    state_dtype = jax.dtypes.canonicalize_dtype(state_dtype)  # float32 for float64 without x64
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.promote_types(state_dtype, jnp.complex64)
-    return state_dtype
-
-
-def _wider(p: jax.typing.ArrayLike, state_dtype: jnp.dtype | None) -> jnp.dtype:
-    """The dtype of y and z: the param's or the state's, whichever is wider."""
-    return max(jnp.result_type(p), stored_dtype(p, state_dtype), key=lambda d: jnp.finfo(d).bits)
-
-
-def _needs_master(params: Any, state_dtype: jnp.dtype | None) -> bool:
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        # An empty tree, or optax.tree.map_params, which asks for the form of the state with a
-        # placeholder that has no dtypes: whoever gives a state_dtype has params narrower than it.
-        return state_dtype is not None
-    return any(_wider(p, state_dtype) != jnp.result_type(p) for p in leaves)

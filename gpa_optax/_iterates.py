@@ -10,7 +10,9 @@ import optax
 from jax.tree_util import keystr, tree_flatten_with_path, tree_leaves_with_path
 
 from gpa_optax._diloco import SingleWorkerDiLoCoState
-from gpa_optax._gpa import GPAState, from_y_to_z, full_precision_y
+from gpa_optax._gpa import GPAState, z_of
+from gpa_optax._precision import stored_or_given
+from gpa_optax._validate import is_traced
 
 
 class Iterates(NamedTuple):
@@ -68,9 +70,10 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
       >>> print({name: float(leaf) for name, leaf in eval_params(opt_state, params).items()})
       {'a': 0.75, 'frozen': 5.0}
     """
-    states = _find(opt_state, (GPAState, SingleWorkerDiLoCoState))
-    averages = [state.x if isinstance(state, GPAState) else state.slow for state in states]
-    leaves = [_aligned(average, params) for average in averages]
+    leaves = [
+        _read(state, state.x if isinstance(state, GPAState) else state.slow, params)
+        for state in _find(opt_state, (GPAState, SingleWorkerDiLoCoState))
+    ]
     return _combined(leaves, params, lambda x, p: x.astype(jnp.result_type(p)))
 
 
@@ -102,22 +105,37 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
     """
     found = []
     for state in _find(opt_state, (GPAState,)):
-        x = _aligned(state.x, params)
-        y = _aligned(full_precision_y(state, params), params)
+        x = _read(state, state.x, params)
+        y = _read(state, params if state.y is None else state.y, params)
         y = [None if of_x is None else of_y for of_x, of_y in zip(x, y, strict=True)]
-        # flax.nnx.Optimizer keeps scalars in a Variable, which is a pytree of one leaf.
-        (mu_y,) = jax.tree.leaves(state.mu_y)
+        (mu_y,) = jax.tree.leaves(state.last_mu_y)  # in flax.nnx.Optimizer a Variable
         if np.ndim(mu_y) != 0:
             raise ValueError(
                 f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
                 "Call jax.vmap(iterates)(opt_state, params)."
             )
-        z = jax.tree.map(jnp.add, y, from_y_to_z(x, y, mu_y))
-        found.append((x, y, z))
+        found.append((x, y, z_of(x, y, mu_y)))
     x, y, z = (
         _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)
     )
     return Iterates(x, y, z)
+
+
+def _read(state: Any, stored: Any, params: optax.Params) -> list[Any]:
+    """The leaves of `stored`, a field of `state`, for those of `params`; None where it has none."""
+    (count,) = jax.tree.leaves(state.count)  # in flax.nnx.Optimizer a Variable
+    leaves = _aligned(stored, params)
+    return [
+        leaf
+        if leaf is None or isinstance(p, jax.ShapeDtypeStruct) or _has_started(count)
+        else stored_or_given(count, leaf, p)
+        for leaf, p in zip(leaves, jax.tree.leaves(params), strict=True)
+    ]
+
+
+def _has_started(count: Any) -> bool:
+    """Whether all is known to have had an update, so that the state's own arrays can be given."""
+    return not is_traced(count) and bool(np.all(np.asarray(count) > 0))
 
 
 def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from gpa_optax._precision import full_dtype, needs_master_copy, stored_dtype
+
 
 def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
@@ -96,6 +98,31 @@ def check_concrete(name: str, value: Any, remedy: str) -> None:
         raise TypeError(f"{name} must be known when the schedule is made, got {value!r}. {remedy}")
 
 
+def check_peak(name: str, value: Any, with_schedules: str) -> None:
+    """A learning rate of which the schedule is made: a positive number, or traced."""
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a number, of which the schedule is made, got {value!r}. Give the "
+            f"peak, or for a schedule of your own use {with_schedules}."
+        )
+    check_positive(name, value, "Give the peak of the learning rate, such as 1e-3.")
+
+
+def check_steps(name: str, value: Any, low: int) -> None:
+    """A number of steps from which a schedule is made."""
+    remedy = "Give a whole number of updates"
+    check_concrete(name, value, f"{remedy}; in optax.inject_hyperparams name it in static_args.")
+    check_at_least(name, value, low, f"{remedy}.", whole=True)
+
+
+def check_window(window: Any) -> None:
+    """The part of a run that an average remembers."""
+    remedy = "Give the part of the run that the average remembers, such as 0.05."
+    check_positive("window", window, remedy)
+    if not is_traced(window) and window > 1:
+        raise ValueError(f"window must be at most 1, got {window!r}. {remedy}")
+
+
 def check_transformation(name: str, optimizer: Any) -> None:
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
@@ -104,33 +131,94 @@ def check_transformation(name: str, optimizer: Any) -> None:
         )
 
 
-def check_inexact(params: Any) -> None:
-    """TypeError at the first leaf that cannot be averaged."""
+def check_params(params: Any) -> None:
+    """TypeError at the first leaf of the params given to `init` that cannot be averaged."""
     for path, leaf in tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params{keystr(path)} must be an array, got {leaf}. Give arrays, or for the form "
+                "of the state alone call jax.eval_shape(optimizer.init, params)."
+            )
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"params{keystr(path)} must be an array, got {leaf!r}. {_LEAVE_OUT}"
+            ) from None
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"params{keystr(path)} has dtype {dtype}, and only floating-point and complex "
-                "params can be averaged. Leave such leaves out with optax.masked(gpa(...), mask) "
-                "or optax.partition."
+                f"params can be averaged. {_LEAVE_OUT}"
             )
 
 
-def check_update(caller: str, updates: Any, params: Any, reference: Any) -> None:
-    """The trees that `update` is given: params there, and both trees like the state's."""
+_LEAVE_OUT = (
+    "Give params with None in place of such leaves, as "
+    "equinox.partition(model, equinox.is_inexact_array) makes them, or give nnx.Optimizer a "
+    "narrower wrt."
+)
+
+
+def check_update(
+    caller: str, kind: type, updates: Any, state: Any, params: Any, reference: str
+) -> None:
+    """What `update` is given: a state of this kind, and trees like its field `reference`."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"{caller} needs a {kind.__name__} in update, got {_told(state)}. Give the state that "
+            "init returned, or the last update; restore checkpoints into that form."
+        )
     if params is None:
         raise ValueError(
             f"{caller} needs params in update, got None. "
             "Call optimizer.update(grads, opt_state, params)."
         )
-    check_matches("gradients", updates, reference)
-    check_matches("params", params, reference)
+    check_matches("gradients", updates, getattr(state, reference))
+    check_matches("params", params, getattr(state, reference))
+
+
+def _told(value: Any) -> str:
+    fields = getattr(value, "_fields", None)
+    return f"a {type(value).__name__}" + (f" of {', '.join(fields)}" if fields else "")
+
+
+def check_no_value_fn(extra_args: dict[str, Any]) -> None:
+    """ValueError for what a base needs that evaluates the loss around the params it is given."""
+    if "value_fn" in extra_args:
+        raise ValueError(
+            "update got value_fn, for a base optimizer that evaluates the loss around its params, "
+            'such as a line search. With base_params="z" these are not the params y at which '
+            'value and grad were taken. Give gpa base_params="y".'
+        )
+
+
+def check_dtypes(params: Any, x: Any, has_y: bool, state_dtype: jnp.dtype | None) -> None:
+    """TypeError if the params have another dtype than those that were given to `init`."""
+    remedy = "Call init with params of the dtype that is trained."
+    leaves = tree_leaves_with_path(params)
+    for (path, p), stored in zip(leaves, jax.tree.leaves(x), strict=True):
+        if stored_dtype(p, state_dtype) != stored.dtype:
+            raise TypeError(
+                f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given one that "
+                f"is stored in {stored.dtype}. {remedy}"
+            )
+        if not has_y and full_dtype(p, state_dtype) != jnp.result_type(p):
+            raise TypeError(
+                f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given one of "
+                f"{stored.dtype}, for which the state keeps no copy of y. {remedy}"
+            )
+    if has_y and not needs_master_copy(params, state_dtype):
+        path, p = leaves[0]
+        raise TypeError(
+            f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given params "
+            f"narrower than {full_dtype(p, state_dtype)}, for which the state keeps y. {remedy}"
+        )
 
 
 def check_matches(what: str, tree: Any, reference: Any) -> None:
     """ValueError at the first leaf where `tree` differs in place or shape from `reference`.
 
-    `reference` is the x of a state, and so has the form of the params that were given to init.
+    `reference` is part of a state, and so has the form of the params that were given to init.
     """
     structure, wanted = jax.tree.structure(tree), jax.tree.structure(reference)
     if structure == wanted and all(
@@ -148,6 +236,11 @@ def check_matches(what: str, tree: Any, reference: Any) -> None:
                 f"have one of shape {shape}. {remedy}"
             )
         if shapes[path] != shape:
+            if what == "gradients" and shapes[path][1:] == shape:
+                remedy = (
+                    "Give one gradient of all examples; where these are of single ones, put "
+                    "optax.contrib.differentially_private_aggregate in front, in optax.chain."
+                )
             raise ValueError(
                 f"The {what} have shape {shapes[path]} at {path or 'the root'}, where the params "
                 f"given to init have shape {shape}. {remedy}"

@@ -291,12 +291,13 @@ def lr_weighted(
     afterwards the largest of these values counts, so the schedule stays a function of the count.
 
     Args:
-      learning_rate: the schedule that the base optimizer uses (or its constant value).
+      learning_rate: the schedule that the base optimizer uses (or its constant value). Its scale
+        does not matter. It may depend on traced values, such as a peak that `jax.vmap` maps over.
       warmup_steps: the number of steps in which it grows, from 0 to 10 million.
       power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
 
     Raises:
-      TypeError: if an argument is traced: a table is computed from them.
+      TypeError: if ``warmup_steps`` or ``power`` is traced: they decide the size of a table.
       ValueError: if an argument is out of its range, or if the learning rate is negative, not
         finite or always 0 during the warmup.
 
@@ -312,15 +313,11 @@ def lr_weighted(
       Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
     """
     remedy = "Give the schedule of the base optimizer, or its constant learning rate."
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("warmup_steps", warmup_steps),
-        ("power", power),
-    ):
+    for name, value in (("warmup_steps", warmup_steps), ("power", power)):
         check_concrete(name, value, "Give a number that does not depend on traced values.")
     if callable(learning_rate):
         check_learning_rate("learning_rate", learning_rate)
-    else:
+    elif not is_traced(learning_rate):
         check_number("learning_rate", learning_rate, remedy)
     steps = "Give the steps of warmup, or 0."
     check_at_least("warmup_steps", warmup_steps, 0, steps, whole=True)
@@ -333,16 +330,18 @@ def lr_weighted(
     with jax.ensure_compile_time_eval():
         counts = jnp.arange(warmup_steps + 1)
         rates = jax.vmap(learning_rate)(counts) if callable(learning_rate) else learning_rate
-        rates = np.broadcast_to(np.asarray(rates, np.float64), counts.shape)
-    if not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
+    traced = is_traced(rates)  # a peak that jit or vmap traces; it has no values to check
+    xp = jnp if traced else np
+    rates = xp.broadcast_to(xp.asarray(rates, float), counts.shape)
+    if not traced and not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
         raise ValueError(
             "learning_rate must be finite, at least 0 and not always 0 in the first "
             f"{warmup_steps} + 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
         )
-    weights = (np.maximum.accumulate(rates) / rates.max()) ** power
-    totals = np.cumsum(weights)
+    weights = (xp.maximum.accumulate(rates) / rates.max()) ** power
+    totals = xp.cumsum(weights)
     # Before the first positive rate nothing moves: any mu_x will do, and 0 is in range.
-    table = np.divide(weights, totals, out=np.ones_like(totals), where=totals > 0)
+    table = xp.where(totals > 0, weights / xp.where(totals > 0, totals, 1), 1)
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
         late = 1 / (totals[-1] + (_as_float(count) - warmup_steps))

@@ -41,7 +41,10 @@ def test_signature_is_the_bases_after_mu_x_and_mu_y(alias):
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
     defaults = inspect.signature(gpa).parameters
-    assert all(ours[name].default == defaults[name].default for name in own)
+    assert all(ours[name].default == defaults[name].default for name in own - {"mu_x"})
+    for parameters in (ours, defaults):
+        mu_x = [parameters["mu_x"].default(t) for t in (0, 1, 1000)]
+        np.testing.assert_allclose(mu_x, [0.0, 0.5, 0.9967], rtol=1e-6)
 
 
 # Every argument of every base, away from its default.
@@ -140,7 +143,7 @@ def test_floats_and_schedules_work_for_all_three(alias):
     moving, state = run(
         alias(linear, averaging.uniform(), optax.linear_schedule(0, 0.9, 9)), PARAMS, gradient, 10
     )
-    assert float(state.mu_y) == pytest.approx(0.9)
+    assert float(state.last_mu_y) == pytest.approx(0.9)
     assert not np.allclose(moving["w"], constant[0]["w"])
 
 

@@ -190,7 +190,7 @@ def test_the_step_count_saturates():
             updates, opt_state = optimizer.update(params, opt_state, params)
             params = optax.apply_updates(params, updates)
             assert opt_state.count == count
-            assert opt_state.mu_y == np.float32(0.9)
+            assert opt_state.last_mu_y == np.float32(0.9)
             for sequence in iterates(opt_state, params):
                 assert (np.abs(sequence - 1) < 0.2).all()
             assert (updates < 0).all()  # the learning rate is its last, 0.01

@@ -330,7 +330,7 @@ def test_map_params_reaches_x_and_the_base_and_nothing_else(params):
     expected = jax.tree.map(lambda p: (p.shape, p.shape), params)
     assert gpa_state.x == expected
     assert gpa_state.base_state[0].mu == expected
-    assert (gpa_state.count, gpa_state.mu_y, gpa_state.y) == ("other", "other", None)
+    assert (gpa_state.count, gpa_state.last_mu_y, gpa_state.y) == ("other", "other", None)
 
 
 def test_map_params_reaches_the_master_copy_when_the_state_dtype_is_given(params):

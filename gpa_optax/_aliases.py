@@ -7,12 +7,13 @@ have the base's own arguments after `mu_x` and `mu_y`.
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import muon
 
 from gpa_optax import averaging
 from gpa_optax._gpa import gpa
-from gpa_optax._validate import check_peak, check_steps, check_window
+from gpa_optax._validate import check_peak, check_steps, check_window, is_traced
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
 MaskOrFn = Any
@@ -109,7 +110,10 @@ def annealed_adamw(
         ],
         [warmup_steps],
     )
-    average = averaging.annealed(averaging.from_horizon(max(1.0, window * steps)), shape, peak=1.0)
+    horizon = window * steps
+    # Python's max for numbers: mu_x in float32 would lose digits of 1 - mu_x.
+    horizon = jnp.maximum(horizon, 1.0) if is_traced(horizon) else max(horizon, 1.0)
+    average = averaging.annealed(averaging.from_horizon(horizon), shape, peak=1.0)
     return gpa_adamw(
         lambda count: learning_rate * shape(count),
         average,

@@ -9,6 +9,7 @@ import optax
 from gpa_optax._precision import difference, stored_dtype, stored_or_given
 from gpa_optax._validate import (
     check_at_least,
+    check_dtypes,
     check_fraction,
     check_learning_rate,
     check_params,
@@ -134,6 +135,7 @@ def single_worker_diloco(
         check_update(
             "single_worker_diloco", SingleWorkerDiLoCoState, updates, state, params, "slow"
         )
+        check_dtypes(params, state.slow)
         stored = stored_or_given(state.count, state.slow, params)
         inner_updates, inner_state = inner_optimizer.update(
             updates, state.inner_state, params, **extra_args

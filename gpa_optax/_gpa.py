@@ -19,6 +19,7 @@ from gpa_optax._precision import (
 )
 from gpa_optax._validate import (
     check_dtypes,
+    check_master_copy,
     check_mu,
     check_no_value_fn,
     check_params,
@@ -196,7 +197,8 @@ def gpa(
         updates: optax.Updates, state: GPAState, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, GPAState]:
         check_update("gpa", GPAState, updates, state, params, "x")
-        check_dtypes(params, state.x, state.y is not None, state_dtype)
+        check_dtypes(params, state.x, state_dtype)
+        check_master_copy(params, state.y is not None, state_dtype)
         if base_params == "z":
             check_no_value_fn(extra_args)
         x, y = x_and_y(state, params)

@@ -192,27 +192,32 @@ def check_no_value_fn(extra_args: dict[str, Any]) -> None:
         )
 
 
-def check_dtypes(params: Any, x: Any, has_y: bool, state_dtype: jnp.dtype | None) -> None:
-    """TypeError if the params have another dtype than those that were given to `init`."""
-    remedy = "Call init with params of the dtype that is trained."
+def check_dtypes(params: Any, stored: Any, state_dtype: jnp.dtype | None = None) -> None:
+    """TypeError if the state does not store these params in the dtypes of `stored`."""
     leaves = tree_leaves_with_path(params)
-    for (path, p), stored in zip(leaves, jax.tree.leaves(x), strict=True):
-        if stored_dtype(p, state_dtype) != stored.dtype:
-            raise TypeError(
-                f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given one that "
-                f"is stored in {stored.dtype}. {remedy}"
-            )
-        if not has_y and full_dtype(p, state_dtype) != jnp.result_type(p):
-            raise TypeError(
-                f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given one of "
-                f"{stored.dtype}, for which the state keeps no copy of y. {remedy}"
-            )
-    if has_y and not needs_master_copy(params, state_dtype):
-        path, p = leaves[0]
-        raise TypeError(
-            f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given params "
-            f"narrower than {full_dtype(p, state_dtype)}, for which the state keeps y. {remedy}"
-        )
+    for (path, p), kept in zip(leaves, jax.tree.leaves(stored), strict=True):
+        if stored_dtype(p, state_dtype) != kept.dtype:
+            raise _cast_after_init(path, p, f"a leaf that is stored in {kept.dtype}")
+
+
+def check_master_copy(params: Any, has_y: bool, state_dtype: jnp.dtype | None) -> None:
+    """TypeError if the state stores y and the params need no copy of it, or the reverse."""
+    leaves = tree_leaves_with_path(params)
+    if has_y == needs_master_copy(params, state_dtype):
+        return
+    for path, p in leaves:
+        full = full_dtype(p, state_dtype)
+        if has_y or full != jnp.result_type(p):
+            what = "params narrower than" if has_y else "a leaf of"
+            keeps = "keeps" if has_y else "keeps no copy of"
+            raise _cast_after_init(path, p, f"{what} {full}, for which the state {keeps} y")
+
+
+def _cast_after_init(path: Any, p: Any, given: str) -> TypeError:
+    return TypeError(
+        f"params{keystr(path)} has dtype {jnp.result_type(p)}, and init was given {given}. "
+        "Call init with params of the dtype that is trained."
+    )
 
 
 def check_matches(what: str, tree: Any, reference: Any) -> None:

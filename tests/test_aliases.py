@@ -1,5 +1,6 @@
 """The aliases are GPA around the base, with all of the base's arguments in its order."""
 
+import functools
 import inspect
 
 import jax
@@ -8,8 +9,23 @@ import numpy as np
 import optax
 import pytest
 from conftest import run
+from oracle import Oracle, adamw
 
-from gpa_optax import averaging, eval_params, gpa, gpa_adamw, gpa_lion, gpa_muon, gpa_sgd
+from gpa_optax import (
+    GPAState,
+    SingleWorkerDiLoCoState,
+    annealed_adamw,
+    anytime_adamw,
+    averaging,
+    eval_params,
+    gpa,
+    gpa_adamw,
+    gpa_lion,
+    gpa_muon,
+    gpa_sgd,
+    iterates,
+    single_worker_diloco,
+)
 
 ALIASES = {
     gpa_adamw: optax.adamw,
@@ -210,3 +226,111 @@ def test_static_zeros_save_the_buffer_under_injection_as_well():
     assert not hasattr(opt_state.inner_state.base_state[0], "mu")
     expected, _ = run(gpa_adamw(0.05, b1=0.0), PARAMS, gradient, 3)
     np.testing.assert_allclose(found["w"], expected["w"], atol=1e-6)
+
+
+def test_no_hyperparameter_is_called_like_a_field_of_a_state():
+    """Or optax.tree.set(state, mu_y=...) around inject_hyperparams would overwrite both."""
+    functions = (*ALIASES, annealed_adamw, anytime_adamw, gpa, single_worker_diloco)
+    named = {name for function in functions for name in inspect.signature(function).parameters}
+    assert not named & {*GPAState._fields, *SingleWorkerDiLoCoState._fields}
+
+
+def test_an_injected_mu_y_is_the_one_that_optax_finds_and_sets():
+    optimizer = optax.inject_hyperparams(gpa_sgd)(0.3, mu_x=0.9, mu_y=0.7)
+    params = jnp.array([1.0, -2.0])
+    opt_state = optimizer.init(params)
+    for t in range(6):
+        if t == 3:
+            z = iterates(opt_state, params).z
+            opt_state = optax.tree.set(opt_state, mu_y=jnp.asarray(0.2))
+            np.testing.assert_array_equal(iterates(opt_state, params).z, z)
+        updates, opt_state = optimizer.update(params, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        assert optax.tree.get(opt_state, "mu_y") == np.float32(0.7 if t < 3 else 0.2)
+
+
+STEPS, WARMUP, PEAK = 40, 8, 0.05
+
+
+def trapezoid(t):
+    return PEAK * min(t / WARMUP, (STEPS - t) / (STEPS - WARMUP))
+
+
+def plateau(t):
+    return PEAK * min(t / WARMUP, 1)
+
+
+def annealed_weight(t):
+    return max(1 / (t + 1), 1 / max(1, 0.1 * STEPS * trapezoid(t) / PEAK))
+
+
+def anytime_weight(t):
+    total = sum(plateau(s) ** 2 for s in range(t + 1))
+    return plateau(t) ** 2 / total if total else 1
+
+
+@pytest.mark.parametrize("base_params", ["z", "y"])
+@pytest.mark.parametrize(
+    ("make", "lr", "weight"),
+    [
+        (functools.partial(annealed_adamw, PEAK, STEPS, WARMUP, window=0.1), trapezoid,
+         annealed_weight),
+        (functools.partial(anytime_adamw, PEAK, WARMUP), plateau, anytime_weight),
+    ],
+    ids=["annealed", "anytime"],
+)  # fmt: skip
+def test_whole_settings_are_the_oracles_with_their_schedule_and_average(
+    make, lr, weight, base_params
+):
+    optimizer = make(
+        mu_y=0.8, b2=0.9, eps=1e-3, weight_decay=0.2, mask=mask, base_params=base_params
+    )
+    found, opt_state = run(optimizer, PARAMS, gradient, STEPS)
+    judges = {
+        name: Oracle({name: PARAMS[name]}, adamw, base_params, b1=0.0, b2=0.9, eps=1e-3,
+                     weight_decay=0.2 * (name == "w"))
+        for name in PARAMS
+    }  # fmt: skip
+    for name, judge in judges.items():
+        for t in range(STEPS):
+            judge.step(gradient(t, judge.y), lr(t), 1 - weight(t), 0.8)
+        np.testing.assert_allclose(found[name], judge.y[name], atol=2e-5)
+        np.testing.assert_allclose(iterates(opt_state, found).x[name], judge.x[name], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda peak: annealed_adamw(peak, 10, 2),
+        lambda peak: anytime_adamw(peak, 2),
+        lambda peak: gpa_adamw(
+            lambda t: peak * jnp.minimum(t / 2, 1),
+            averaging.lr_weighted(lambda t: peak * jnp.minimum(t / 2, 1), 2),
+        ),
+    ],
+)
+def test_vmap_maps_over_learning_rates(make):
+    def x(peak):
+        found, opt_state = run(make(peak), PARAMS, gradient, 10)
+        return eval_params(opt_state, found)
+
+    peaks = jnp.array([0.01, 0.1])
+    together = jax.vmap(x)(peaks)
+    for i, peak in enumerate(peaks):
+        jax.tree.map(
+            lambda found, expected: np.testing.assert_allclose(found[i], expected, rtol=1e-5),
+            together,
+            x(peak),
+        )
+
+
+def test_whole_settings_keep_no_first_moment_and_adjust_an_injected_learning_rate():
+    for make, arguments in ((annealed_adamw, (0.1, 10, 2)), (anytime_adamw, (0.1, 2))):
+        leaves = jax.tree.leaves(make(*arguments).init(PARAMS))
+        assert sum(leaf.size for leaf in leaves if leaf.ndim) == 2 * sum(
+            leaf.size for leaf in PARAMS.values()
+        )
+        injected = optax.inject_hyperparams(make, static_args=("steps", "warmup_steps"))
+        found, _ = run(injected(*arguments), PARAMS, gradient, 10)
+        expected, _ = run(make(*arguments), PARAMS, gradient, 10)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)

@@ -240,6 +240,7 @@ BASES = {
     "prodigy": optax.contrib.prodigy(1.0),
     "schedule_free": optax.contrib.schedule_free_adamw(0.01),
     "diloco": single_worker_diloco(optax.adam(LR), 4),
+    "sam": optax.contrib.sam(optax.adam(LR), optax.sgd(0.05), sync_period=3),
 }
 
 
@@ -270,6 +271,50 @@ def test_any_base_steps_at_z_with_the_gradient_of_y(base, base_params, params):
     np.testing.assert_allclose(flat(found.z), flat(z), atol=2e-4, rtol=2e-4)
     np.testing.assert_allclose(flat(found.x), flat(x), atol=2e-4, rtol=2e-4)
     assert_close(eval_params(opt_state, y), found.x)
+
+
+# Bases that evaluate the loss themselves, from the params that they are given.
+EVALUATING = {
+    "lbfgs": optax.lbfgs(),
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=15)
+    ),
+    "polyak": optax.polyak_sgd(0.1),
+    "opaque sam": optax.contrib.sam(
+        optax.sgd(0.1), optax.sgd(0.05), sync_period=2, opaque_mode=True
+    ),
+}
+
+
+@pytest.mark.parametrize("base", EVALUATING)
+def test_a_base_that_evaluates_the_loss_steps_from_y(base, params):
+    """The three equations, with the base run by hand."""
+
+    def loss(p):
+        return sum(jnp.sum((leaf - 1) ** 2 * (1 + leaf**2)) for leaf in jax.tree.leaves(p))
+
+    def told(p):
+        value, grad = jax.value_and_grad(loss)(p)
+        extra_args = {"value": value, "grad": grad, "value_fn": loss}
+        if base == "opaque sam":
+            extra_args = {"grad_fn": lambda p, _: jax.grad(loss)(p)}
+        return grad, extra_args if base != "polyak" else {"value": value}
+
+    inner = optax.with_extra_args_support(EVALUATING[base])
+    optimizer = gpa(inner, MU_X, MU_Y, base_params="y")
+    opt_state, base_state, y = optimizer.init(params), inner.init(params), params
+    x = z = params
+    for _ in range(6):
+        grad, extra_args = told(y)
+        base_updates, base_state = inner.update(grad, base_state, y, **extra_args)
+        updates, opt_state = optimizer.update(grad, opt_state, y, **extra_args)
+        z = optax.apply_updates(z, base_updates)
+        x = jax.tree.map(lambda x, z: MU_X * x + (1 - MU_X) * z, x, z)
+        y = optax.apply_updates(y, updates)
+        assert_close(y, jax.tree.map(lambda x, z: MU_Y * x + (1 - MU_Y) * z, x, z), 1e-3)
+    if "value_fn" in extra_args:
+        with pytest.raises(ValueError, match=r'value_fn.*base_params="y"'):
+            gpa(inner, MU_X, MU_Y).update(grad, opt_state, y, **extra_args)
 
 
 def test_extra_arguments_reach_the_base_and_unknown_ones_are_ignored(params):

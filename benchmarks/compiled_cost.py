@@ -8,39 +8,33 @@ place, and bytes moved. The compilers are `pip install "jax[tpu]"` and the CUDA 
 
 import dataclasses
 import json
-import math
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 import tyro
-from flax import nnx
-from optax import contrib
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import quick_file
+from benchmarks.kernels import in_place, kernels
+from benchmarks.updates import (
+    Update,
+    entries,
+    shapes,
+    total_bytes,
+    updates_of_adamw,
+    updates_of_muon,
+)
 from examples import planning
-from examples.collectives import ARRAY, Computation, array_bytes, read, trip_count
 from examples.command_line import to_store
-from examples.llama.model import PRESETS, Llama
-from examples.optimizers import hidden_matrices
-from examples.reporting import write_json
-from gpa_optax import gpa, gpa_adamw, gpa_muon, single_worker_diloco
-
-# These compute nothing: they name values, or move them between the memories of a chip ahead of use.
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "broadcast",
-    "copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done",
-}  # fmt: skip
+from examples.files import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,60 +56,6 @@ class Config:
     """File for the results. Default with --quick: in runs/bench."""
 
 
-class Update(NamedTuple):
-    """An optimizer, and how it wants its params."""
-
-    optimizer: optax.GradientTransformation
-    params: Callable[[Any], Any] = lambda params: params
-
-    def step(self, params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
-        updates, opt_state = self.optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-
-def two_copies(params: Any) -> optax.LookaheadParams:
-    """Optax's init_synced, which gives one array twice, cannot be donated."""
-    return optax.LookaheadParams(fast=params, slow=jax.tree.map(jnp.copy, params))
-
-
-def updates_of_adamw() -> dict[str, Update]:
-    """AdamW, and everything around that same AdamW; the two without its first moment have b1=0."""
-    rate, decay = 1e-3, 0.1
-    adamw = optax.adamw(rate, weight_decay=decay)
-    return {
-        "optax.adamw": Update(adamw),
-        "gpa(adamw)": Update(gpa(adamw)),
-        "gpa_adamw, b1=0": Update(gpa_adamw(rate, b1=0.0, weight_decay=decay)),
-        "schedule_free(adamw)": Update(contrib.schedule_free(adamw, rate)),
-        "schedule_free_adamw, b1=0": Update(contrib.schedule_free_adamw(rate, weight_decay=decay)),
-        "lookahead(adamw)": Update(optax.lookahead(adamw, 32, 0.5), two_copies),
-        "single_worker_diloco": Update(single_worker_diloco(adamw, 32)),
-    }
-
-
-def updates_of_muon() -> dict[str, Update]:
-    """Muon for the matrices of the blocks, layer by layer, and AdamW for the rest."""
-    return {
-        "optax.contrib.muon": Update(
-            contrib.muon(1e-3, muon_weight_dimension_numbers=hidden_matrices)
-        ),
-        "gpa_muon": Update(gpa_muon(1e-3, muon_weight_dimension_numbers=hidden_matrices)),
-    }
-
-
-class Kernels(NamedTuple):
-    """What a program runs that reads or writes arrays; work on scalars alone is left out."""
-
-    number: float
-    bytes: float
-
-    def __add__(self, other: "Kernels") -> "Kernels":
-        return Kernels(self.number + other.number, self.bytes + other.bytes)
-
-    def __mul__(self, times: int) -> "Kernels":
-        return Kernels(self.number * times, self.bytes * times)
-
-
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.compiled_cost")
     if flags.quick:
@@ -123,7 +63,7 @@ def main() -> int:
         flags = dataclasses.replace(flags, targets=flags.targets[:2], preset="tiny", out=out)
     console = Console()
     params = shapes(flags.preset)
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    size = entries(params)
     result = {
         **to_store(flags),
         "cores": os.cpu_count(),
@@ -178,17 +118,13 @@ def main() -> int:
     return 0
 
 
-def shapes(preset: str) -> Any:
-    """The params of a Llama, as shapes."""
-    model = nnx.eval_shape(lambda: Llama(PRESETS[preset], nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
 def cost(update: Update, params: Any, dtype: jnp.dtype, target: planning.Target) -> dict[str, Any]:
     """Compiles one update for a target and reads what it takes there."""
     leaves = len(jax.tree.leaves(params))
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    compiled, arguments = compile_update(update, params, dtype, target)
+    size = entries(params)
+    arguments = update.arguments(params, dtype)
+    jitted = jax.jit(update.step, donate_argnums=(0, 1))
+    compiled = compile_for(target, jitted, *arguments)
     given, opt_state, _ = arguments
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     # Of the branches of a condition the cheapest is the usual step.
@@ -209,69 +145,13 @@ def cost(update: Update, params: Any, dtype: jnp.dtype, target: planning.Target)
     }
 
 
-def compile_update(
-    update: Update, params: Any, dtype: jnp.dtype, target: planning.Target
-) -> tuple[jax.stages.Compiled, Any]:
-    """The update compiled for one device of a target, and the shapes of its arguments."""
+def compile_for(target: planning.Target, jitted: Any, *arguments: Any) -> jax.stages.Compiled:
+    """A program compiled for one device of a target, from the shapes of its arguments."""
     place = jax.sharding.SingleDeviceSharding(target.devices[0])
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
-        )
-
-    grads = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
-    given = jax.eval_shape(update.params, grads)
-    arguments = placed((given, jax.eval_shape(update.optimizer.init, given), grads))
-    traced = jax.jit(update.step, donate_argnums=(0, 1)).trace(*arguments)
-    return traced.lower(lowering_platforms=(target.platform,)).compile(), arguments
-
-
-def total_bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def kernels(hlo: str, choose: Callable = min) -> Kernels:
-    """The kernels of an optimized HLO module, those in a loop as often as it turns.
-
-    Args:
-      hlo: `jax.stages.Compiled.as_text()`.
-      choose: picks the branch of a condition that counts, `min` or `max` by bytes.
-    """
-    computations, entry = read(hlo)
-
-    def walk(name: str) -> Kernels:
-        computation, found = computations[name], Kernels(0, 0)
-        for instruction in computation.values():
-            if instruction.opcode == "while":
-                (body,) = instruction.called("body")
-                found += walk(body) * (trip_count(instruction, computation, computations) or 1)
-            elif instruction.opcode == "conditional":
-                found += choose(map(walk, instruction.called()), key=lambda found: found.bytes)
-            elif instruction.opcode == "call":
-                found += walk(*instruction.called())
-            elif instruction.opcode not in FREE and "ConcatBitcast" not in instruction.attributes:
-                found += kernel(computation, instruction)
-        return found
-
-    return walk(entry)
-
-
-def kernel(computation: Computation, instruction: Any) -> Kernels:
-    """One kernel with the arrays that it reads and writes, or none if there are only scalars."""
-    shapes = [instruction.shape, *(computation[name].shape for name in instruction.operands)]
-    arrays = [found[0] for shape in shapes for found in ARRAY.finditer(shape) if found[2]]
-    return Kernels(1, sum(map(array_bytes, arrays))) if arrays else Kernels(0, 0)
-
-
-def in_place(hlo: str) -> float:
-    """The share of the results' bytes that take the place of an argument."""
-    header = hlo.splitlines()[0]
-    computations, entry = read(hlo)
-    results = [array_bytes(found[0]) for found in ARRAY.finditer(computations[entry].root.shape)]
-    kept = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)
-    places = {int(index) for index in re.findall(r"\{(\d+)\}: \(", kept[1] if kept else "")}
-    return sum(results[place] for place in places) / sum(results)
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
+    )
+    return jitted.trace(*placed).lower(lowering_platforms=(target.platform,)).compile()
 
 
 def show(result: dict[str, Any], target: str, dtype: str) -> Table:

@@ -38,7 +38,8 @@ from sklearn.datasets import load_digits
 
 from benchmarks import quick_file
 from examples.command_line import to_store
-from examples.reporting import COLOURS, write_whole
+from examples.files import write_whole
+from examples.reporting import COLOURS
 from gpa_optax import averaging, eval_params, gpa
 
 

@@ -2,7 +2,7 @@
 
 GPA stores x and y and recovers z = x + (y - x) / (1 - mu_y), which amplifies the rounding of x and
 y by about 1 / (1 - mu_y). Each step adds such an error to z, which is a sum of steps. Measured is
-the distance to the float64 oracle of the tests, which keeps x, y and z apart, for float32, float64
+the distance to the float64 oracle (oracle.py), which keeps x, y and z apart, for float32, float64
 and bfloat16 params, in two settings:
 
 * "given": the base's updates are a fixed sequence, the same for the library and the oracle. Nothing
@@ -33,10 +33,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import quick_file
+from benchmarks.oracle import Oracle, sgd
 from examples.command_line import to_store
-from examples.reporting import COLOURS, write_whole
+from examples.files import write_whole
+from examples.reporting import COLOURS
 from gpa_optax import averaging, gpa, iterates
-from tests.oracle import Oracle, sgd
 
 
 @dataclasses.dataclass(frozen=True)

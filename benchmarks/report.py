@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from benchmarks import convex, ingredients, long_runs, steps_to_target, transfer
 from benchmarks.runs import Store, settled
 from benchmarks.steps_to_target import WORKLOADS, Row, estimate, parts, title
-from examples.reporting import COLOURS, write_whole
+from examples.files import write_whole
+from examples.reporting import COLOURS
 from tests import bad_input
 
 ROOT = Path(__file__).parent.parent

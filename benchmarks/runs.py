@@ -28,8 +28,8 @@ from rich.table import Table
 from benchmarks import processor
 from examples import training
 from examples.command_line import decisive, from_json, keep_memory, to_json, versions
+from examples.files import write_whole
 from examples.llama.train import TrainLlama
-from examples.reporting import write_whole
 from examples.sharding import make_mesh
 from examples.training import Batch, Data, OneRun
 from examples.vit.train import TrainViT

@@ -29,8 +29,9 @@ from rich.table import Table
 from benchmarks import quick_file
 from examples import optimizers, training
 from examples.command_line import keep_memory, to_store
+from examples.files import write_json
 from examples.llama.train import TrainLlama
-from examples.reporting import Report, write_json
+from examples.reporting import Report
 from examples.sharding import make_mesh
 
 

@@ -35,11 +35,11 @@ from benchmarks.steps_to_target import (
     outcome,
     trials,
 )
+from examples.files import write_whole
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
 from examples.optimizers import Name, Settings, default_settings
-from examples.reporting import write_whole
 from examples.training import OneRun
 
 TUNED = "text"

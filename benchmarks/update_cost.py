@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -32,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import processor, quick_file
-from benchmarks.compiled_cost import Update, shapes, total_bytes, updates_of_adamw
+from benchmarks.updates import Update, shapes, torch_optimizers, total_bytes, updates_of_adamw
 from examples.command_line import to_store
+from examples.files import write_json
 from examples.planning import amount
-from examples.reporting import write_json
 
 SCHEDULERS = {
     "default": "",
@@ -143,7 +142,10 @@ def measure(size: str, rounds: int) -> list[dict[str, Any]]:
     others = [
         functools.partial(OptaxUpdate, name, update, params)
         for name, update in updates_of_adamw().items()
-    ] + torch_updates(params)
+    ] + [
+        functools.partial(TorchUpdate, name, make, params)
+        for name, make in torch_optimizers().items()
+    ]
     reference, rows = others.pop(0)(), []
     for other in others:
         pair = (reference, other())
@@ -219,26 +221,6 @@ class TorchUpdate:
 
     def run(self) -> None:
         self.optimizer.step()
-
-
-def torch_updates(params: Any) -> list[Callable[[], TorchUpdate]]:
-    """PyTorch's AdamW and that of schedulefree, as far as they are installed."""
-    found, settings = {}, {"lr": 1e-3, "weight_decay": 0.1}
-    if importlib.util.find_spec("torch"):
-        from torch.optim import AdamW
-
-        found["torch's AdamW, foreach"] = functools.partial(AdamW, foreach=True, **settings)
-        found["torch's AdamW, fused"] = functools.partial(AdamW, fused=True, **settings)
-    if importlib.util.find_spec("schedulefree"):
-        from schedulefree import AdamWScheduleFree
-
-        def training(params: list) -> AdamWScheduleFree:
-            optimizer = AdamWScheduleFree(params, foreach=True, **settings)
-            optimizer.train()
-            return optimizer
-
-        found["schedulefree's AdamW"] = training
-    return [functools.partial(TorchUpdate, name, make, params) for name, make in found.items()]
 
 
 def torch_versions() -> dict[str, str]:

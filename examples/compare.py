@@ -31,6 +31,7 @@ from examples.command_line import (
     to_json,
     to_store,
 )
+from examples.files import write_json
 from examples.llama.train import LlamaFlags, TrainLlama
 from examples.optimizers import Name, Settings
 from examples.reporting import History, first_step_at
@@ -183,7 +184,7 @@ def show(config: Any, histories: Mapping[str, History], console: Console) -> Non
         "baseline": baseline,
         "runs": {name: dataclasses.asdict(history) for name, history in labels.items()},
     }
-    reporting.write_json(config.out / "compare.json", results)
+    write_json(config.out / "compare.json", results)
 
 
 def verdicts(runs: Mapping[str, History], steps: int, baseline: str) -> list[str]:

@@ -8,9 +8,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +23,8 @@ from rich.table import Table
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from examples.files import naming, write_json, write_whole
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -89,31 +90,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged, it is not JSON: {error}.") from None
-
-
-def write_json(path: Path, values: Any) -> None:
-    write_whole(path, json.dumps(values, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process may end."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with naming(path):
-            partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has an error of the system, such as a full disk, say which file it is about: those of writing
-    to an open file do not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Report:

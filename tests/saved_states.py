@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
-from oracle import BASES, Oracle, two_loop_diloco
 
 import gpa_optax
+from benchmarks.oracle import BASES, Oracle, two_loop_diloco
 from gpa_optax import averaging
 
 FOLDER = Path(__file__).parent / "fixtures" / "saved_states"

@@ -112,7 +112,8 @@ def programs_are_not_stored():
 )
 def test_on_accelerators_an_update_is_one_kernel_for_each_leaf(target, dtype, name):
     pytest.importorskip("tyro")
-    from benchmarks.compiled_cost import Update, cost
+    from benchmarks.compiled_cost import cost
+    from benchmarks.updates import Update
     from examples import planning
 
     found = cost(Update(OPTIMIZERS[name]), params(dtype), jnp.dtype(dtype), planning.find(target))
@@ -126,8 +127,8 @@ def test_on_accelerators_an_update_is_one_kernel_for_each_leaf(target, dtype, na
 
 
 def test_kernels_in_a_loop_count_as_often_as_it_turns():
-    pytest.importorskip("tyro")
-    from benchmarks.compiled_cost import kernels
+    pytest.importorskip("flax")
+    from benchmarks.kernels import kernels
 
     def function(x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=7)[0]

@@ -26,6 +26,7 @@ from tokenizers import processors
 
 from examples import checkpoints
 from examples.command_line import from_json, run_command, to_json, to_store
+from examples.files import write_json
 from examples.llama import tokenizing
 from examples.llama.data import TextData
 from examples.llama.export import export, write
@@ -34,7 +35,7 @@ from examples.llama.runs import load
 from examples.llama.sampling import generate, sample
 from examples.llama.train import TrainLlama
 from examples.optimizers import Settings
-from examples.reporting import History, write_json
+from examples.reporting import History
 from examples.run import run
 from examples.sharding import make_mesh
 from examples.training import build

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 
+from benchmarks import oracle
 from gpa_optax import averaging, eval_params, gpa, iterates
 
 BAD = [np.nan, np.inf, -np.inf]

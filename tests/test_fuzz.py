@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from conftest import double
 from hypothesis import event
@@ -21,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import gpa_optax
+from benchmarks import oracle
 from gpa_optax import averaging, eval_params, gpa, iterates
 
 STEPS = 3

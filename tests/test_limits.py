@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from conftest import run
 
+from benchmarks import oracle
 from gpa_optax import averaging, eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
 
 STEPS = 200

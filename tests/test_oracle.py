@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 
+from benchmarks import oracle
 from gpa_optax import gpa, iterates
 
 STEPS = 500

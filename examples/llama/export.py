@@ -18,10 +18,10 @@ from rich.console import Console
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from examples.files import write_json
 from examples.llama import tokenizing
 from examples.llama.model import Llama, LlamaConfig
 from examples.llama.runs import Checkpoint, load
-from examples.reporting import write_json
 
 DType = Literal["float32", "bfloat16"]
 LIMIT = 5 * 10**9  # bytes of a file, as transformers has it

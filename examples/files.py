@@ -1,0 +1,33 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_whole(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, whenever the process may end."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with naming(path):
+            partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an error of the system, such as a full disk, say which file it is about: those of writing
+    to an open file do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

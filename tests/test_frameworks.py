@@ -410,3 +410,61 @@ def test_leaves_with_the_same_path_are_refused_where_a_mask_hides_which_is_which
         ValueError, match=r"several leaves at \['twins'\].w\['a'\].*Give each child"
     ):
         eval_params(opt_state, params)
+
+
+MIXED = {
+    "w": jnp.ones(3),
+    "ids": jnp.arange(3),
+    "on": jnp.array([True, False, True]),
+    "key": jax.random.key(0),
+}
+
+
+def mixed_loss(model):
+    assert jax.random.normal(model["key"]).shape == ()
+    return jnp.sum(jnp.where(model["on"], model["w"] * model["ids"], 0.0))
+
+
+def assert_mixed(x):
+    """After three steps of SGD at 0.1 with mu_x 0.5: gradients of 0, 0 and 2 for w."""
+    expected = 1.0  # x, of z that goes from 1 down by 0.2 a step
+    for z in (0.8, 0.6, 0.4):
+        expected = 0.5 * expected + 0.5 * z
+    np.testing.assert_allclose(x["w"], [1.0, 1.0, expected], atol=1e-6)
+    for name in ("ids", "on"):
+        np.testing.assert_array_equal(x[name], MIXED[name])
+    assert x["key"] == MIXED["key"]
+
+
+def test_equinox_leaves_out_integers_flags_and_keys():
+    eqx = pytest.importorskip("equinox")
+    model = MIXED
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    found, opt_state = run(
+        gpa(optax.sgd(0.1), 0.5),
+        params,
+        lambda t, params: jax.grad(lambda p: mixed_loss(eqx.combine(p, rest)))(params),
+        3,
+    )
+    assert_mixed(eqx.combine(eval_params(opt_state, found), rest))
+
+
+def test_a_narrower_wrt_leaves_out_integers_flags_and_keys():
+    class Model(nnx.Module):
+        def __init__(self):
+            for name, leaf in MIXED.items():
+                setattr(self, name, nnx.Param(leaf))
+
+    def loss(model):
+        return mixed_loss(nnx.to_pure_dict(nnx.state(model)))
+
+    model = Model()
+    wrt = nnx.All(nnx.Param, lambda path, variable: jnp.issubdtype(variable.dtype, jnp.inexact))
+    optimizer = nnx.Optimizer(model, gpa(optax.sgd(0.1), 0.5), wrt=wrt)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model))
+    evaluated = nnx.clone(model)
+    nnx.update(evaluated, eval_params(optimizer.opt_state, nnx.state(model, wrt)))
+    assert_mixed(nnx.to_pure_dict(nnx.state(evaluated)))
+    with pytest.raises(TypeError, match="narrower wrt"):
+        nnx.Optimizer(model, gpa(optax.sgd(0.1), 0.5), wrt=nnx.Param)

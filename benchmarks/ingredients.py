@@ -23,12 +23,11 @@ import tyro
 from rich.console import Console
 
 from benchmarks.runs import Store, Study, pursue, settled, table
+from benchmarks.statistics import Estimate, estimate
 from benchmarks.steps_to_target import (
     RESULTS,
     TRIAL_SEED,
-    Estimate,
     config,
-    estimate,
     interval,
     trials,
 )

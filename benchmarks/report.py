@@ -9,6 +9,7 @@ of its numbers and of the code that draws it, by which it is known to be up to d
 """
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -25,9 +26,18 @@ from matplotlib.figure import Figure
 
 from benchmarks import convex, ingredients, long_runs, steps_to_target, transfer
 from benchmarks.runs import Store, settled
-from benchmarks.steps_to_target import WORKLOADS, Row, estimate, parts, title
+from benchmarks.statistics import (
+    against_itself,
+    bootstrap,
+    detectable,
+    estimate,
+    holm,
+    signed_saving,
+)
+from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
 from examples.files import write_whole
 from examples.reporting import COLOURS
+from examples.training import OneRun
 from tests import bad_input
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +50,10 @@ TITLES = {
     "images": "ViT, batches of 64",
     "images-large": "ViT, batches of 512",
 }
+RECIPE = "the recipe"
+GPAS = ("gpa-adamw", "gpa-adamw, annealed", RECIPE)
+# Whose form was chosen when the seeds of these finals had been seen.
+AFTER = {"text": set(GPAS), "images": {RECIPE}, "images-large": {RECIPE}}
 METHOD_COLOURS = dict(
     zip(("", "gpa", "schedule-free", "diloco", "ema", "gpa, annealed"), COLOURS, strict=False)
 )
@@ -60,6 +74,10 @@ def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def short_title(contender: str) -> str:
     """Without the base, in figures that have one base only."""
     return title(contender).replace("-AdamW", "")
+
+
+def title_beside_adamw(name: str) -> str:
+    return name if name == RECIPE else short_title(name)
 
 
 def finals_table(store: Store, workload: str) -> str:
@@ -89,20 +107,84 @@ def trials_table(store: Store, workload: str) -> str:
     return markdown(("", "learning rate", "other than at the start", "loss at the end"), lines)
 
 
+def beside_adamw(workload: str, store: Store) -> dict[str, list[OneRun]]:
+    """The finals' runs with AdamW as the base, and the recipe's on the same seeds."""
+    finals = settled(steps_to_target.finals(workload, store), store)
+    recipe = settled(transfer.on_workload(workload, store), store)
+    if finals is None or recipe is None:
+        return {}
+    found = {name: runs for name, runs in finals.items() if parts(name)[1] == "adamw"}
+    return found | {RECIPE: recipe["gpa-adamw"]}
+
+
+def differences(runs: Sequence[OneRun], others: Sequence[OneRun], store: Store) -> list[float]:
+    """Of the losses at the end, paired by seed."""
+    return [store[run].loss - store[other].loss for run, other in zip(runs, others, strict=True)]
+
+
 def rivals_table(store: Store) -> str:
     """GPA's loss at the end less that of its rivals beside AdamW, paired by seed."""
     lines = []
     for workload in WORKLOADS:
-        found = {row.name: row for row in steps_to_target.rows(workload, store)}
-        for gpa in ("gpa-adamw", "gpa-adamw, annealed"):
-            if gpa not in found:
-                continue
-            line = [TITLES[workload], short_title(gpa)]
+        found = beside_adamw(workload, store)
+        for gpa in GPAS if found else ():
+            line = [TITLES[workload], title_beside_adamw(gpa)]
             for rival in ("schedule-free-adamw", "diloco-adamw", "ema-adamw"):
-                pairs = zip(found[gpa].losses, found[rival].losses, strict=True)
-                line.append(steps_to_target.interval(estimate([a - b for a, b in pairs])))
+                paired = differences(found[gpa], found[rival], store)
+                line.append(steps_to_target.interval(estimate(paired)))
+                if rival == "schedule-free-adamw":
+                    line.append(f"{detectable(paired):.3f}")
             lines.append(line)
-    return markdown(("", "", "against Schedule-Free", "against DiLoCo", "against EMA"), lines)
+    headings = (
+        "",
+        "",
+        "against Schedule-Free",
+        "could be seen from",
+        "against DiLoCo",
+        "against EMA",
+    )
+    return markdown(headings, lines)
+
+
+def savings_table(store: Store) -> str:
+    """The signed saving of each contender, beside AdamW's against itself."""
+    lines = []
+    for workload in WORKLOADS:
+        found = beside_adamw(workload, store)
+        if found:
+            lines += savings(TITLES[workload], found, AFTER[workload], store)
+    for condition in transfer.CONDITIONS:
+        runs = settled(transfer.on_condition(condition, store), store)
+        if runs is not None:
+            both = {"adamw": runs["adamw"], RECIPE: runs["gpa-adamw"]}
+            lines += savings(condition, both, set(), store)
+    headings = (
+        "", "", "form chosen", "signed saving", "AdamW against itself",
+        "loss at the end: p, by Holm",
+    )  # fmt: skip
+    return markdown(headings, lines)
+
+
+def savings(
+    where: str, runs: dict[str, list[OneRun]], after: set[str], store: Store
+) -> Iterator[list[str]]:
+    """A line for each contender; those in `after` were chosen when their seeds had been seen."""
+    curves = {name: [store[run].curve["loss"] for run in same] for name, same in runs.items()}
+    baseline = curves.pop("adamw")
+    saving = functools.partial(signed_saving, store[runs["adamw"][0]].curve["step"])
+    by_chance = np.quantile(np.abs(against_itself(saving, baseline)), 0.95)
+    p_values = [estimate(differences(runs[name], runs["adamw"], store)).p for name in curves]
+    for (name, of_it), p in zip(curves.items(), holm(p_values), strict=True):
+        low, high = bootstrap(saving, of_it, baseline)
+        yield [
+            where,
+            title_beside_adamw(name),
+            "after" if name in after else "before",
+            f"{saving(of_it, baseline):+.1%} ({low:+.1%} to {high:+.1%})",
+            f"within {by_chance:.1%}",
+            f"{p:.1g}",
+        ]
+        where = ""
 
 
 def saved_figure(rows: dict[str, list[Row]]) -> Figure:
@@ -384,6 +466,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
         found[f"finals-{workload}"] = lambda workload=workload: finals_table(store, workload)
         found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
     found["rivals"] = lambda: rivals_table(store)
+    found["savings"] = lambda: savings_table(store)
     found["ingredients"] = lambda: markdown(
         ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
     )

@@ -46,10 +46,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from benchmarks import QUICK
 from benchmarks.runs import Result, Store, Study, execute, pursue, settled, table, together
+from benchmarks.statistics import Estimate, estimate
 from examples.llama.model import LlamaConfig
 from examples.llama.train import TrainLlama
 from examples.optimizers import Name, Settings, label, split
@@ -258,25 +258,6 @@ def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
     }
     yield [run for runs in configs.values() for lengths in runs for run in lengths]
     return whole, configs
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds."""
-
-    mean: float
-    low: float
-    high: float
-    """Ends of the 95 % interval."""
-    p: float
-    """Of a mean of 0, in a two-sided t-test."""
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    if np.ptp(values) == 0:  # such as all 0: the target was never reached
-        return Estimate(values[0], values[0], values[0], float(values[0] == 0))
-    test = stats.ttest_1samp(values, 0.0)
-    low, high = test.confidence_interval(0.95)
-    return Estimate(float(np.mean(values)), float(low), float(high), float(test.pvalue))
 
 
 def first_passage(result: Result, target: float) -> float | None:

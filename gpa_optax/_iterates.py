@@ -1,6 +1,6 @@
 """Reading x, y and z out of an optimizer state, however deep they are nested."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,9 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     `optax.partition`, `optax.MultiSteps`, `optax.inject_hyperparams`, `optax.apply_if_finite` and
     every other wrapper (`optax.flatten` of all params, but not of a part of them); in a
     `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`, whole or their ``opt_state``.
-    For `single_worker_diloco` it gives the slow weights.
+    For `single_worker_diloco` it gives the slow weights. A state that is left as dicts, such as
+    `flax.nnx.state` gives, or a checkpoint restored without the form of the state, is read too, if
+    the params are dicts and GPA covers every leaf.
 
     Running statistics, such as BatchNorm's, are no params: they belong to y. Compute them anew at
     x, by some forward passes over training data, before a model that has them is evaluated there.
@@ -54,7 +56,8 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
 
     Raises:
       ValueError: if there is no GPA state in ``opt_state``, if its leaves are not those of
-        ``params`` in place and shape, or if two GPA states cover the same leaf.
+        ``params`` in place and shape, if two GPA states cover the same leaf, or if leaves cannot be
+        told apart, because several have the same path and only some are covered.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -138,57 +141,90 @@ def _has_started(count: Any) -> bool:
     return not is_traced(count) and bool(np.all(np.asarray(count) > 0))
 
 
+# Fields that may have no leaves, and so may be missing where a state is left as a dict.
+_OPTIONAL = {"y", "base_state", "inner_state"}
+
+
 def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
     """The outermost states of these kinds; a GPA within a GPA averages z, and not the params."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
-    states = [node for node in nodes if isinstance(node, kinds)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: _as_state(node, kinds) is not None)
+    states = [state for node in nodes if (state := _as_state(node, kinds)) is not None]
     if not states:
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(
             f"opt_state must hold a {names}, got a {type(opt_state).__name__} without one. "
             "Give the state of an optimizer that contains gpa_optax.gpa, in the form that init "
-            "gave it (a checkpoint restored without that form has lost its types)."
+            "gave it."
         )
     return states
+
+
+def _as_state(node: Any, kinds: tuple[Any, ...]) -> Any:
+    """The node, if it is a state of these kinds, or the dict that is left of one; else None."""
+    for kind in kinds:
+        if isinstance(node, kind):
+            return node
+        fields = set(kind._fields)
+        if isinstance(node, Mapping) and fields - _OPTIONAL <= set(node) <= fields:
+            return kind(**{field: node.get(field) for field in kind._fields})
+    return None
 
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _aligned(tree: Any, params: Any) -> list[Any]:
-    """The leaf of `tree` for each leaf of `params`, and None where `tree` is masked.
+_FORM = (
+    "Give the params that belong to opt_state, with the structure that init was given "
+    "(in Flax NNX: nnx.state(model, nnx.Param)), and opt_state in the form that init gave it "
+    "(where dicts are left of it, its masks are lost; in Flax NNX: nnx.merge brings them back)."
+)
 
-    Leaves are matched by path, because the containers may differ: a mask stands for a whole
-    subtree, and flax.nnx.Optimizer keeps its own kind of Variable.
-    """
-    remedy = (
-        "Give the params that belong to opt_state, with the structure that init was given "
-        "(in Flax NNX: nnx.state(model, nnx.Param))."
-    )
+
+def _aligned(tree: Any, params: Any) -> list[Any]:
+    """The leaf of `tree` for each leaf of `params`, and None where `tree` is masked."""
+    tree = _unwrapped(tree, params)
     wanted = tree_leaves_with_path(params)
-    found = dict(tree_leaves_with_path(_unwrapped(tree, params), is_leaf=_is_masked))
-    masked = {path for path, leaf in found.items() if _is_masked(leaf)}
-    aligned = []
-    for path, p in wanted:
-        leaf = None if path in masked else found.get(path)
-        if leaf is None and not any(path[:end] in masked for end in range(len(path) + 1)):
-            raise ValueError(
-                f"params have a leaf of shape {np.shape(p)} at {keystr(path) or 'the root'}, which "
-                f"opt_state does not know. {remedy}"
-            )
+    if jax.tree.structure(tree) == jax.tree.structure(params):
+        aligned = jax.tree.leaves(tree)
+    else:
+        aligned = _by_path(tree, wanted)
+    for (path, p), leaf in zip(wanted, aligned, strict=True):
         if leaf is not None and np.shape(leaf) != np.shape(p):
             raise ValueError(
                 f"params have shape {np.shape(p)} at {keystr(path) or 'the root'}, and opt_state "
-                f"has shape {np.shape(leaf)} there. {remedy}"
+                f"has shape {np.shape(leaf)} there. {_FORM}"
             )
+    return aligned
+
+
+def _by_path(tree: Any, wanted: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """As `_aligned`, where the containers differ: a mask stands for a whole subtree, and
+    flax.nnx.Optimizer keeps its own kind of Variable."""
+    found = dict(tree_leaves_with_path(tree, is_leaf=_is_masked))
+    masked = {path for path, leaf in found.items() if _is_masked(leaf)}
+    aligned, seen = [], set()
+    for path, p in wanted:
+        leaf = None if path in masked else found.get(path)
+        if path in seen:
+            raise ValueError(
+                f"params have several leaves at {keystr(path)}, which cannot be told apart in "
+                "opt_state. Give each child of the pytree node a key of its own where its class is "
+                "registered, or let one gpa cover all leaves."
+            )
+        if leaf is None and not any(path[:end] in masked for end in range(len(path) + 1)):
+            raise ValueError(
+                f"params have a leaf of shape {np.shape(p)} at {keystr(path) or 'the root'}, which "
+                f"opt_state does not know. {_FORM}"
+            )
+        seen.add(path)
         aligned.append(leaf)
-    unknown = found.keys() - masked - {path for path, _ in wanted}
+    unknown = found.keys() - masked - seen
     if unknown:
         path = min(unknown, key=keystr)
         raise ValueError(
             f"params have no leaf at {keystr(path) or 'the root'}, where opt_state has one "
-            f"of shape {np.shape(found[path])}. {remedy}"
+            f"of shape {np.shape(found[path])}. {_FORM}"
         )
     return aligned
 

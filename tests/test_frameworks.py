@@ -1,6 +1,10 @@
 """GPA with Flax NNX, Flax Linen, Equinox, and trees of every kind."""
 
 import dataclasses
+import operator
+import pathlib
+import re
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +14,7 @@ import optax
 import pytest
 from conftest import run
 
-from gpa_optax import eval_params, gpa, gpa_adamw, iterates
+from gpa_optax import eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
 
 flax = pytest.importorskip("flax")
 from flax import linen, nnx  # noqa: E402
@@ -21,8 +25,8 @@ TARGETS = jnp.sin(INPUTS.sum(1, keepdims=True))
 
 
 class NNXModel(nnx.Module):
-    def __init__(self, rngs):
-        self.first = nnx.Linear(3, 8, rngs=rngs)
+    def __init__(self, rngs, param_dtype=jnp.float32):
+        self.first = nnx.Linear(3, 8, rngs=rngs, param_dtype=param_dtype)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
         self.last = nnx.Linear(8, 1, rngs=rngs)
 
@@ -247,3 +251,220 @@ def test_complex_params_with_adamw_and_split_by_optax(rng):
 
     joint, joint_state = run(gpa(optax.adamw(0.1), 0.9, 0.6), params, lambda t, p: p, 20)
     assert np.isfinite(eval_params(joint_state, joint)["c"]).all()
+
+
+class TrainStateNNX(nnx.Module):
+    """As MaxText's: what is saved is nnx.state of it, in which the optimizer's state is dicts."""
+
+    def __init__(self, model, tx):
+        self.model, self.optimizer = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+
+def trained(tx, dtype=jnp.float32):
+    """A train state after some steps, in which x and y differ."""
+    model = NNXModel(nnx.Rngs(0), dtype)
+    state = TrainStateNNX(model, tx)
+    for _ in range(5):
+        state.optimizer.update(model, nnx.grad(nnx_loss)(model))
+    return state
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+WHOLE = {
+    "gpa": gpa(optax.sgd(0.05), 0.9, 0.7),
+    "chain": optax.chain(optax.clip(1.0), gpa_adamw(0.05, 0.9, 0.7)),
+    "inject_hyperparams": optax.inject_hyperparams(gpa_adamw)(0.05, mu_x=0.9, mu_y=0.7),
+    "diloco": single_worker_diloco(optax.adam(0.05), 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_average_is_read_from_a_state_that_nnx_state_has_left_as_dicts(name, dtype):
+    state = trained(WHOLE[name], dtype)
+    params = nnx.state(state.model, nnx.Param)
+    x = eval_params(state.optimizer, params)
+    assert not np.array_equal(x["first"]["bias"], params["first"]["bias"])
+    flat = nnx.state(state)
+    assert_equal(eval_params(flat, params), x)
+    assert_equal(eval_params(flat["optimizer"]["opt_state"], params), x)
+    assert_equal(eval_params(nnx.to_pure_dict(flat), nnx.to_pure_dict(params)), nnx.to_pure_dict(x))
+    if name != "diloco":
+        assert_equal(iterates(flat, params), iterates(state.optimizer, params))
+
+
+def test_a_state_left_as_dicts_whose_mask_is_lost_is_refused_and_merged_it_is_read():
+    def only_first(params):
+        return nnx.State({name: name == "first" for name in params})
+
+    tx = optax.chain(
+        optax.masked(gpa(optax.sgd(0.05), 0.9), only_first),
+        optax.masked(optax.set_to_zero(), lambda p: jax.tree.map(operator.not_, only_first(p))),
+    )
+    state = trained(tx)
+    params = nnx.state(state.model, nnx.Param)
+    form, flat = nnx.split(state)
+    with pytest.raises(ValueError, match=r"which opt_state does not know.*nnx\.merge"):
+        eval_params(flat, params)
+    x = eval_params(nnx.merge(form, flat).optimizer, params)
+    assert_equal(x, eval_params(state.optimizer, params))
+    np.testing.assert_array_equal(x["last"]["kernel"], params["last"]["kernel"])
+    assert not np.array_equal(x["first"]["kernel"], params["first"]["kernel"])
+
+
+def test_dicts_that_only_look_like_a_state_are_none():
+    """A params dict that happens to have some of the names."""
+    params = {"x": jnp.ones(2), "y": jnp.ones(2), "count": jnp.ones(2)}
+    with pytest.raises(ValueError, match="must hold a GPAState"):
+        eval_params({"params": params}, params)
+    opt_state = gpa(optax.sgd(0.1), 0.9).init(params)
+    assert_equal(eval_params({"params": params, "opt_state": opt_state}, params), params)
+
+
+def test_the_recipe_for_maxtext_exports_x():
+    """With the names of its train state, and the functions by which it takes the params out."""
+    state = trained(WHOLE["chain"])
+    x = eval_params(state.optimizer, nnx.state(state.model, nnx.Param))
+    page = (pathlib.Path(__file__).parent.parent / "docs/recipes/other_trainers.md").read_text()
+    (export,) = re.findall(r"```python\n((?:(?!```).)*merge_state.*?)```", page, re.DOTALL)
+    (evaluation,) = re.findall(r"```python\n((?:(?!```).)*nnx\.merge\(.*?)```", page, re.DOTALL)
+    form, flat = nnx.split(state)
+    names = {"nnx": nnx, "eval_params": eval_params}
+    exec(textwrap.dedent(evaluation), evaluated := {**names, "model": form, "state": flat})
+    assert_equal(nnx.state(evaluated["state"].model, nnx.Param), x)
+    exec(textwrap.dedent(export), exported := {**names, "training_state": flat})
+    _, params, _ = nnx.split(exported["training_state"].model, nnx.Param, ...)
+    assert_equal(params.to_pure_dict(), nnx.to_pure_dict(x))
+    assert "mean" in exported["training_state"].model.norm
+
+
+def test_the_average_is_read_from_a_checkpoint_restored_without_its_form(tmp_path):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    params = {"a": jnp.ones(3), "b": {"c": jnp.arange(2.0)}}
+    optimizer = optax.chain(optax.clip(1.0), gpa_adamw(0.05, 0.9, 0.7))
+    params, opt_state = run(optimizer, params, lambda t, params: params, 5)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", {"opt_state": opt_state})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved")
+    assert_equal(eval_params(restored, params), eval_params(opt_state, params))
+
+
+class Twins:
+    """A pytree node whose two children have the same key, by mistake or on purpose."""
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+
+
+jax.tree_util.register_pytree_with_keys(
+    Twins,
+    lambda node: (
+        [(jax.tree_util.GetAttrKey("w"), node.one), (jax.tree_util.GetAttrKey("w"), node.other)],
+        None,
+    ),
+    lambda _, children: Twins(*children),
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_leaves_with_the_same_path_get_an_average_each(dtype):
+    params = {"twins": Twins(jnp.zeros(2, dtype), jnp.ones(2, dtype)), "w": jnp.ones(3, dtype)}
+    found, opt_state = run(gpa(optax.sgd(0.5), 0.5), params, lambda t, params: params, 3)
+    as_tuple = {"twins": (jnp.zeros(2, dtype), jnp.ones(2, dtype)), "w": jnp.ones(3, dtype)}
+    expected, expected_state = run(gpa(optax.sgd(0.5), 0.5), as_tuple, lambda t, params: params, 3)
+    for tree, wanted in (
+        (eval_params(opt_state, found), eval_params(expected_state, expected)),
+        *zip(iterates(opt_state, found), iterates(expected_state, expected), strict=True),
+    ):
+        assert isinstance(tree["twins"], Twins)
+        np.testing.assert_array_equal(tree["twins"].one, wanted["twins"][0])
+        np.testing.assert_array_equal(tree["twins"].other, wanted["twins"][1])
+        np.testing.assert_array_equal(tree["w"], wanted["w"])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"twins": Twins(True, False), "w": True},
+        {"twins": Twins({"a": True, "b": False}, True), "w": True},
+        {"twins": True, "w": False},
+    ],
+    ids=["a child", "leaves", "another leaf"],
+)
+def test_leaves_with_the_same_path_are_refused_where_a_mask_hides_which_is_which(mask):
+    params = {
+        "twins": Twins(
+            {"a": jnp.zeros(1), "b": jnp.zeros(1)}, {"a": jnp.ones(1), "b": jnp.ones(1)}
+        ),
+        "w": jnp.ones(1),
+    }
+    opt_state = optax.masked(gpa(optax.sgd(0.5)), mask).init(params)
+    with pytest.raises(
+        ValueError, match=r"several leaves at \['twins'\].w\['a'\].*Give each child"
+    ):
+        eval_params(opt_state, params)
+
+
+MIXED = {
+    "w": jnp.ones(3),
+    "ids": jnp.arange(3),
+    "on": jnp.array([True, False, True]),
+    "key": jax.random.key(0),
+}
+
+
+def mixed_loss(model):
+    assert jax.random.normal(model["key"]).shape == ()
+    return jnp.sum(jnp.where(model["on"], model["w"] * model["ids"], 0.0))
+
+
+def assert_mixed(x):
+    """After three steps of SGD at 0.1 with mu_x 0.5: gradients of 0, 0 and 2 for w."""
+    expected = 1.0  # x, of z that goes from 1 down by 0.2 a step
+    for z in (0.8, 0.6, 0.4):
+        expected = 0.5 * expected + 0.5 * z
+    np.testing.assert_allclose(x["w"], [1.0, 1.0, expected], atol=1e-6)
+    for name in ("ids", "on"):
+        np.testing.assert_array_equal(x[name], MIXED[name])
+    assert x["key"] == MIXED["key"]
+
+
+def test_equinox_leaves_out_integers_flags_and_keys():
+    eqx = pytest.importorskip("equinox")
+    model = MIXED
+    params, rest = eqx.partition(model, eqx.is_inexact_array)
+    found, opt_state = run(
+        gpa(optax.sgd(0.1), 0.5),
+        params,
+        lambda t, params: jax.grad(lambda p: mixed_loss(eqx.combine(p, rest)))(params),
+        3,
+    )
+    assert_mixed(eqx.combine(eval_params(opt_state, found), rest))
+
+
+def test_a_narrower_wrt_leaves_out_integers_flags_and_keys():
+    class Model(nnx.Module):
+        def __init__(self):
+            for name, leaf in MIXED.items():
+                setattr(self, name, nnx.Param(leaf))
+
+    def loss(model):
+        return mixed_loss(nnx.to_pure_dict(nnx.state(model)))
+
+    model = Model()
+    wrt = nnx.All(nnx.Param, lambda path, variable: jnp.issubdtype(variable.dtype, jnp.inexact))
+    optimizer = nnx.Optimizer(model, gpa(optax.sgd(0.1), 0.5), wrt=wrt)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model))
+    evaluated = nnx.clone(model)
+    nnx.update(evaluated, eval_params(optimizer.opt_state, nnx.state(model, wrt)))
+    assert_mixed(nnx.to_pure_dict(nnx.state(evaluated)))
+    with pytest.raises(TypeError, match="narrower wrt"):
+        nnx.Optimizer(model, gpa(optax.sgd(0.1), 0.5), wrt=nnx.Param)

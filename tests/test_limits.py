@@ -1,5 +1,8 @@
 """GPA contains its neighbours: each is a setting, and equals an independent implementation."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,22 +142,41 @@ def test_agrees_with_the_schedulefree_package(warmup, rng):
     assert_close(eval_params(opt_state, params), p.detach().numpy(), 1e-4)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_the_in_place_form_with_decay_at_y_makes_the_same_steps(weight_decay, rng):
-    """The authors' PyTorch code never forms x: with d the direction of AdamW, decay at y in it,
+def theirs(decays, gradient, start, steps, lr, weight_decay, mu_x, mu_y, b1=0.9, b2=0.99):
+    """y and z of the authors' PyTorch code, which never forms x: with d the direction of AdamW
 
     y' = mu_x y + (1 - mu_x) z + lr (mu_x mu_y - 1) d,   z' = z - lr d
+
+    What decays: "d", which takes y in (before 2026-07), or, before these two, "z" or "y" itself
+    (since then, with use_wd_on_y False and True).
     """
-    lr, mu_x, mu_y, b1, b2 = 0.01, 0.95, 0.7, 0.9, 0.99
-    start, noise = rng.normal(size=6), rng.normal(size=(STEPS, 6))
-    y, z, m, v = start, start, np.zeros(6), np.zeros(6)
-    for t in range(STEPS):
-        g = 0.5 * y + noise[t]
+    y, z, m, v = start, start, np.zeros_like(start), np.zeros_like(start)
+    for t in range(steps):
+        g = gradient(t, y)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        d = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + 1e-8) + weight_decay * y
+        d = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + 1e-8)
+        if decays == "d":
+            d = d + weight_decay * y
+        elif decays == "z":
+            z = z * (1 - lr * weight_decay)
+        else:
+            y = y * (1 - lr * weight_decay)
         y = mu_x * y + (1 - mu_x) * z + lr * (mu_x * mu_y - 1) * d
         z = z - lr * d
+    return y, z
 
+
+@pytest.mark.parametrize(
+    ("decays", "weight_decay"), [("d", 0.5), ("d", 0.0), ("z", 0.0), ("y", 0.0)]
+)
+def test_the_authors_code_makes_the_same_steps_without_decay_and_with_decay_at_y_as_it_was(
+    decays, weight_decay, rng
+):
+    lr, mu_x, mu_y, b1, b2 = 0.01, 0.95, 0.7, 0.9, 0.99
+    start, noise = rng.normal(size=6), rng.normal(size=(STEPS, 6))
+    y, z = theirs(
+        decays, lambda t, y: 0.5 * y + noise[t], start, STEPS, lr, weight_decay, mu_x, mu_y
+    )
     optimizer = gpa_adamw(lr, mu_x, mu_y, b1=b1, b2=b2, weight_decay=weight_decay, base_params="y")
     found, opt_state = run(
         optimizer,
@@ -165,6 +187,42 @@ def test_the_in_place_form_with_decay_at_y_makes_the_same_steps(weight_decay, rn
     assert_close(found, y)
     assert_close(iterates(opt_state, found).z, z, 1e-4)
     assert_close(eval_params(opt_state, found), (y - (1 - mu_y) * z) / mu_y)
+
+
+def test_the_migration_page_is_right_about_the_forms_of_weight_decay(x64):
+    """Decay alone, by the oracle and the library, and by the authors' code."""
+    page = (Path(__file__).parent.parent / "docs" / "migration.md").read_text()
+    lines = re.findall(r"^\| (.*) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \|$", page, re.MULTILINE)
+    told = {form: [float(n) for n in numbers] for form, *numbers in lines}
+    start, steps, lr, weight_decay, mu_x, mu_y = 0.12573, 4000, 1e-3, 0.1, 0.9967, 0.7
+
+    def ours(base_params):
+        exact = oracle.Oracle({"w": start}, oracle.adamw, base_params, weight_decay=weight_decay)
+        for _ in range(steps):
+            exact.step({"w": 0.0}, lr, mu_x, mu_y)
+        judged = [exact.z["w"], exact.x["w"], exact.y["w"]]
+        optimizer = gpa_adamw(lr, mu_x, mu_y, weight_decay=weight_decay, base_params=base_params)
+        found, opt_state = run(optimizer, jnp.array(start), lambda t, y: 0.0 * y, steps)
+        x, y, z = iterates(opt_state, found)
+        np.testing.assert_allclose([z, x, y], judged, rtol=1e-10)
+        return judged
+
+    def authors(decays):
+        y, z = theirs(
+            decays, lambda t, y: 0.0, np.array(start), steps, lr, weight_decay, mu_x, mu_y
+        )
+        return [z, (y - (1 - mu_y) * z) / mu_y, y]
+
+    found = {
+        '`base_params="z"`, the default: the paper\'s three equations': ours("z"),
+        '`base_params="y"`': ours("y"),
+        "`GPAAdamW` before 2026-07": authors("d"),
+        "`GPAAdamW` since, `use_wd_on_y=False`, its default": authors("z"),
+        "`GPAAdamW` since, `use_wd_on_y=True`": authors("y"),
+    }
+    assert told.keys() == found.keys()
+    for form, numbers in found.items():
+        np.testing.assert_allclose(told[form], numbers, atol=5.1e-6, err_msg=form)
 
 
 @pytest.mark.parametrize("sync_period", [1, 4])

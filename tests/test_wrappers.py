@@ -481,3 +481,53 @@ def test_checkpointed_losses_and_gradients_through_the_update(params):
 
     slope = (unrolled(0.1 + 1e-2) - unrolled(0.1 - 1e-2)) / 2e-2
     assert jax.grad(unrolled)(0.1) == pytest.approx(float(slope), rel=0.02)
+
+
+FREEZES = {
+    "partition": lambda base, mask: optax.partition(
+        {"train": gpa(base, MU_X, MU_Y), "freeze": optax.set_to_zero()},
+        jax.tree.map(lambda frozen: "freeze" if frozen else "train", mask),
+    ),
+    "selective_transform": lambda base, mask: optax.selective_transform(
+        gpa(base, MU_X, MU_Y), freeze_mask=mask
+    ),
+    "in the base": lambda base, mask: gpa(optax.chain(base, optax.freeze(mask)), MU_X, MU_Y),
+    "masked, and the others zero": lambda base, mask: optax.chain(
+        optax.masked(gpa(base, MU_X, MU_Y), jax.tree.map(lambda frozen: not frozen, mask)),
+        optax.masked(optax.set_to_zero(), mask),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("how", FREEZES)
+def test_a_frozen_leaf_moves_no_bit_and_the_others_train_as_if_it_were_not_there(
+    how, dtype, params
+):
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    base = optax.adamw(LR, weight_decay=0.1)
+    mask = {"a": True, "b": {"c": False, "d": False}}
+    found, opt_state = run(FREEZES[how](base, mask), params, gradient, 20)
+    alone, its_state = run(gpa(base, MU_X, MU_Y), {"b": params["b"]}, gradient, 20)
+    x = eval_params(opt_state, found)
+    for tree in (found, x, *iterates(opt_state, found)):
+        np.testing.assert_array_equal(tree["a"], params["a"])
+    assert_close(found["b"], alone["b"])
+    assert_close(x["b"], eval_params(its_state, alone)["b"])
+    assert not np.array_equal(x["b"]["c"], params["b"]["c"])
+
+
+def test_a_transformation_after_gpa_leaves_x_where_the_params_are_not(params):
+    """What docs/recipes/freezing.md warns of."""
+    optimizer = optax.chain(make(), optax.freeze({"a": True, "b": False}))
+    found, opt_state = run(optimizer, params, gradient, 20)
+    np.testing.assert_array_equal(found["a"], params["a"])
+    assert not np.allclose(eval_params(opt_state, found)["a"], params["a"], atol=0.01)
+
+
+def test_masked_hands_on_the_gradients_of_the_leaves_that_it_leaves_out(params):
+    """What docs/recipes/freezing.md warns of; optax's own documentation says so too."""
+    masked = optax.masked(make(), {"a": False, "b": True})
+    grads = gradient(0, params)
+    updates, _ = masked.update(grads, masked.init(params), params)
+    np.testing.assert_array_equal(updates["a"], grads["a"])

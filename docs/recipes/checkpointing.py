@@ -42,7 +42,7 @@ with tempfile.TemporaryDirectory() as folder:
     saved_x = eval_params(state["opt_state"], state["params"])
 
     # Another process: the form of the state comes from the same code that made the first one.
-    # Without it Orbax gives dicts, in which eval_params finds no GPAState.
+    # Without it Orbax gives dicts, with which no optimizer can go on.
     with open_checkpoints(folder) as checkpoints:
         abstract = jax.eval_shape(initial_state)
         # Where the arrays shall lie; with a mesh, their NamedShardings.

@@ -1,0 +1,161 @@
+"""The statistics of the studies, on plain arrays; nothing here knows what was trained.
+
+Losses of several runs are an array of (seeds, evaluations), with one row for each seed, and `steps`
+are those of the evaluations, the last of which is the length of the runs. The rows of a contender
+and of its baseline are pairs: they have the seed, and so initialization and batches, in common.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    """Ends of the 95 % interval."""
+    p: float
+    """Of a mean of 0, two-sided."""
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Of a mean, such as that of paired differences, by Student's t."""
+    if np.ptp(values) == 0:  # such as all 0
+        return Estimate(values[0], values[0], values[0], float(values[0] == 0))
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(LEVEL)
+    return Estimate(float(np.mean(values)), float(low), float(high), float(test.pvalue))
+
+
+def prediction_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
+    """Where one new value of the same kind lies, such as the gain in a condition not yet tried.
+
+    mean +- t s sqrt(1 + 1 / n): of normal values, with n - 1 degrees of freedom.
+    """
+    n = len(values)
+    reach = stats.t.ppf(0.5 + level / 2, n - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / n)
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
+def detectable(differences: Sequence[float], power: float = 0.8) -> float:
+    """The mean difference that a paired t-test finds with this power, at p < 0.05, if differences
+    vary between seeds as these do."""
+    n = len(differences)
+    critical = stats.t.ppf(0.5 + LEVEL / 2, n - 1)
+
+    # In the other tail there is nothing where the power is of interest.
+    shift = optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - power, 0.0, 20.0)
+    return float(shift * np.std(differences, ddof=1) / np.sqrt(n))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: below 0.05 are those that hold for the whole family of tests."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    raised = np.minimum(np.maximum.accumulate(factors * np.asarray(p_values)[order]), 1.0)
+    corrected = np.empty(len(p_values))
+    corrected[order] = raised
+    return corrected.tolist()
+
+
+def step_at(steps: ArrayLike, curve: ArrayLike, target: float) -> float:
+    """From where on a curve stays at the target or below, interpolated between two evaluations.
+
+    The first evaluation if it is always there, and the last if only its end is, or not even that.
+    """
+    steps, curve = np.asarray(steps, float), np.asarray(curve, float)
+    above = np.flatnonzero(~(curve <= target))
+    if len(above) == 0:
+        return float(steps[0])
+    last = above[-1]
+    if last == len(curve) - 1:
+        return float(steps[-1])
+    part = (curve[last] - target) / (curve[last] - curve[last + 1])
+    return float(steps[last] + part * (steps[last + 1] - steps[last]))
+
+
+def signed_saving(steps: ArrayLike, contender: ArrayLike, baseline: ArrayLike) -> float:
+    """The part of the steps that a contender saves, read off the two mean curves.
+
+    Where it ends at the baseline's last loss or below: the part of the run after it got there for
+    good. Where it ends above: minus what the baseline saves to the contender's last loss. So it
+    changes its sign when the two are exchanged, and is 0 on average where they are alike.
+    """
+    ours, theirs = np.mean(contender, axis=0), np.mean(baseline, axis=0)
+    length = np.asarray(steps)[-1]
+    if ours[-1] <= theirs[-1]:
+        return 1 - step_at(steps, ours, theirs[-1]) / length
+    return step_at(steps, theirs, ours[-1]) / length - 1
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *samples: ArrayLike,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile interval of a statistic, over seeds: the same rows of all samples are drawn
+    with replacement. With few seeds it is somewhat too short, as all percentile intervals are."""
+    samples = [np.asarray(sample) for sample in samples]
+    n = len(samples[0])
+    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    found = [statistic(*(sample[rows] for sample in samples)) for rows in draws]
+    low, high = np.quantile(found, [0.5 - level / 2, 0.5 + level / 2])
+    return float(low), float(high)
+
+
+def against_itself(
+    statistic: Callable[[Any, Any], float],
+    baseline: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """What the statistic says of the baseline against itself on other seeds: of two samples, drawn
+    apart and with replacement from its runs, as many as there are. They are no pairs, so this is
+    wider than the noise of a contrast whose runs are."""
+    baseline = np.asarray(baseline)
+    n = len(baseline)
+    draws = np.random.default_rng(seed).integers(0, n, (resamples, 2, n))
+    return np.array([statistic(baseline[ours], baseline[theirs]) for ours, theirs in draws])
+
+
+def exchanged(
+    statistic: Callable[[Any, Any], float],
+    contender: ArrayLike,
+    baseline: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """What the statistic says if contender and baseline do not differ: of each pair it does not
+    matter then which run is whose. Over all ways of exchanging them, or `resamples` of more."""
+    contender, baseline = np.asarray(contender), np.asarray(baseline)
+    n = len(contender)
+    if 2**n <= resamples:
+        ways = np.array(list(itertools.product([False, True], repeat=n)))
+    else:
+        ways = np.random.default_rng(seed).random((resamples, n)) < 0.5
+    at = (slice(None), *(None,) * (contender.ndim - 1))
+    return np.array(
+        [
+            statistic(
+                np.where(way[at], baseline, contender), np.where(way[at], contender, baseline)
+            )
+            for way in ways
+        ]
+    )
+
+
+def p_value(found: float, null: ArrayLike) -> float:
+    """The part of a null distribution that is at least as far from 0."""
+    return float(np.mean(np.abs(null) >= abs(found) * (1 - 1e-9)))

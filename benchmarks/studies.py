@@ -1,0 +1,451 @@
+"""The studies of what GPA brings: which runs they need, and what is compared.
+
+benchmarks/PROTOCOL.md says what each is for and how it is judged. A study is a plain function of
+the results that there are. It returns its contrasts; where it needs a run that is not there it
+raises `Missing`, with all runs that it could use by now. So what is tuned first and what depends on
+the tuning stand in one function, in their order.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.ensemble import Member, Result, Workload
+
+Results = Mapping[str, Result]
+"""Results by the identity of their member."""
+
+TUNING = (1000, 1001)
+FRESH = tuple(range(2000, 2024))
+WARMUPS = (0.05, 0.2)
+
+
+class Missing(Exception):
+    """Runs that a study needs and that nobody has made yet, in the order of their worth."""
+
+    def __init__(self, members: Sequence[Member]):
+        super().__init__(f"{len(members)} runs are missing")
+        self.members = members
+
+
+def found(results: Results, members: Iterable[Member]) -> list[Result]:
+    members = list(members)
+    if missing := [member for member in members if member.identity not in results]:
+        raise Missing(missing)
+    return [results[member.identity] for member in members]
+
+
+def together(studies: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Several studies side by side: raises all that is missing in any of them."""
+    outcomes, missing = {}, []
+    for name, study in studies.items():
+        try:
+            outcomes[name] = study()
+        except Missing as more:
+            missing += more.members
+    if missing:
+        raise Missing(missing)
+    return outcomes
+
+
+class Run(NamedTuple):
+    """What is trained, and for how long."""
+
+    steps: int
+    workload: Workload = Workload()
+
+    def member(self, optimizer: str, learning_rate: float, seed: int, **more: Any) -> Member:
+        knobs = more.pop("knobs", {})
+        return Member(
+            optimizer,
+            self.steps,
+            seed,
+            float(f"{learning_rate:.3g}"),  # so that rates reached in two ways are one
+            workload=self.workload,
+            knobs=knobs,
+            **more,
+        )
+
+
+class Setting(NamedTuple):
+    """A contender without its seed: an optimizer and its hyperparameters in one run."""
+
+    optimizer: str
+    learning_rate: float
+    warmup: float
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    def members(self, run: Run, seeds: Sequence[int]) -> list[Member]:
+        how = {"warmup": self.warmup, "knobs": dict(self.knobs)}
+        return [run.member(self.optimizer, self.learning_rate, seed, **how) for seed in seeds]
+
+
+class Contrast(NamedTuple):
+    """Runs of a contender and of its baseline with the same seeds."""
+
+    name: str
+    contender: list[Result]
+    baseline: list[Result]
+    before: bool
+    """Whether the contender's form was fixed before any run on these seeds was seen."""
+
+
+def tuned(
+    results: Results,
+    run: Run,
+    optimizer: str,
+    rates: Sequence[float],
+    *,
+    warmups: Sequence[float] = WARMUPS,
+    seeds: Sequence[int] = TUNING,
+    knobs: Sequence[Mapping[str, Any]] = ({},),
+    refine: bool = True,
+) -> Setting:
+    """The setting with the lowest mean loss at the end over the tuning seeds.
+
+    All rates (an octave apart) with all warmups and knobs; then, at the best of these, rates half
+    an octave to either side until both neighbours of the best are worse, or whole octaves beyond
+    the edge alone if `refine` is off.
+    """
+    step = math.sqrt(2) if refine else 2.0
+    tried: dict[Setting, float] = {}
+
+    def attempt(settings: Sequence[Setting]) -> None:
+        runs = found(results, [m for setting in settings for m in setting.members(run, seeds)])
+        losses = np.reshape([one.final for one in runs], (len(settings), len(seeds))).mean(1)
+        tried.update(zip(settings, losses, strict=True))
+
+    grid = itertools.product(rates, warmups, [tuple(sorted(some.items())) for some in knobs])
+    attempt([Setting(optimizer, *point) for point in grid])
+    for _ in range(6):
+        best = min(tried, key=tried.__getitem__)
+        rate = best.learning_rate
+        sides = [float(f"{rate * factor:.3g}") for factor in (1 / step, step)]
+        there = [s.learning_rate for s in tried if s._replace(learning_rate=rate) == best]
+        new = [
+            side for side in sides if not any(math.isclose(side, r, rel_tol=0.02) for r in there)
+        ]
+        if not refine:  # the grid's own rates are the neighbours, but at its edges
+            new = [side for side in new if not min(there) < side < max(there)]
+        if not new:
+            break
+        attempt([best._replace(learning_rate=side) for side in new])
+    return min(tried, key=tried.__getitem__)
+
+
+OCTAVES = (4e-3, 8e-3, 1.6e-2)
+
+
+def tuned_adamw(results: Results, run: Run, refine: bool = True) -> Setting:
+    """AdamW with a line to 0, which was its best of four schedules in the study before this one."""
+    factor = math.sqrt(run.workload.batch_size / 32)
+    rates = [rate * factor for rate in OCTAVES] if factor != 1 else OCTAVES
+    return tuned(results, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
+
+
+# What a reader copies, from AdamW's tuned learning rate and warmup.
+def annealed(base: Setting) -> Setting:
+    return Setting("annealed", 2 * base.learning_rate, 0.2)
+
+
+def anytime(base: Setting) -> Setting:
+    return Setting("anytime", 2 * base.learning_rate, 0.2)
+
+
+def as_typed_first(base: Setting) -> Setting:
+    """gpa(optax.adamw(schedule)) with the defaults of gpa and AdamW's own good settings."""
+    return base._replace(optimizer="gpa-adamw", knobs=tuple(sorted(DEFAULTS.items())))
+
+
+DEFAULTS = {"b1": 0.9, "mu_y": 0.7, "average": "warmed-up", "mu_x": 0.9967}
+PAPER = {**DEFAULTS, "schedule": "cosine"}
+PARTIAL_EMA = {"final": 0.3, "window": 0.1}
+
+# Blocks: every form that the pages offer to copy, on the runs that it is meant for.
+BLOCK_RUNS = {
+    "1,000 steps of 32": Run(1000),
+    "400 steps of 256": Run(400, Workload(batch_size=256)),
+    "4,000 steps of 32": Run(4000),
+}
+BLOCKS = {"annealed_adamw": annealed, "anytime_adamw": anytime, "gpa(optax.adamw)": as_typed_first}
+
+
+def blocks(results: Results) -> dict[str, list[Contrast]]:
+    seeds = FRESH[:8]
+
+    def on(run: Run) -> list[Contrast]:
+        base = tuned_adamw(results, run, refine=run.steps <= 2000)
+        baseline = found_all(results, run, [base, *(form(base) for form in BLOCKS.values())], seeds)
+        return contrasts(BLOCKS, baseline, before=True)
+
+    return together({name: lambda run=run: on(run) for name, run in BLOCK_RUNS.items()})
+
+
+def found_all(
+    results: Results, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
+) -> list[list[Result]]:
+    """The runs of each setting, seed by seed, so that what is there early is comparable."""
+    members = [[setting.members(run, [seed])[0] for setting in settings] for seed in seeds]
+    runs = found(results, [member for same in members for member in same])
+    return [runs[i :: len(settings)] for i in range(len(settings))]
+
+
+def contrasts(
+    names: Iterable[str], runs: Sequence[list[Result]], *, before: bool
+) -> list[Contrast]:
+    """Of each contender with the first of `runs`."""
+    baseline, *others = runs
+    return [Contrast(name, one, baseline, before) for name, one in zip(names, others, strict=True)]
+
+
+# The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
+MAP = [
+    *((16, steps) for steps in (300, 1000, 3000, 8000)),
+    *((64, steps) for steps in (300, 1000, 3000)),
+    *((256, steps) for steps in (100, 300, 1000)),
+]
+MAP_FORMS = {
+    "annealed_adamw": ("annealed", {}),
+    "anytime_adamw": ("anytime", {}),
+    "paper": ("gpa-adamw", PAPER),
+}
+
+
+def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
+    """All four with a learning rate of their own in each cell, tuned on one seed."""
+
+    def cell(batch: int, steps: int) -> list[Contrast]:
+        run = Run(steps, Workload(batch_size=batch))
+        middle = 8e-3 * math.sqrt(batch / 32)
+
+        def best(optimizer: str, centre: float, knobs: Mapping[str, Any] = {}) -> Setting:
+            rates = [float(f"{centre * factor:.3g}") for factor in (0.5, 1, 2)]
+            return tuned(
+                results, run, optimizer, rates,
+                warmups=(0.2,), seeds=TUNING[:1], knobs=[knobs], refine=False,
+            )  # fmt: skip
+
+        settings = together(
+            {
+                "adamw": lambda: best("adamw", middle),
+                **{
+                    name: lambda form=form: best(
+                        form[0], middle if form[1] else 2 * middle, form[1]
+                    )
+                    for name, form in MAP_FORMS.items()
+                },
+            }
+        )
+        runs = found_all(results, run, list(settings.values()), FRESH[:3])
+        return contrasts(MAP_FORMS, runs, before=True)
+
+    ordered = sorted(MAP, key=lambda cell: cell[0] * cell[1])
+    return together(
+        {
+            f"{steps:,} steps of {batch}": lambda at=(batch, steps): cell(*at)
+            for batch, steps in ordered
+        }
+    )
+
+
+# Length: fresh data, one size of model, 1,000 to 8,000 steps.
+LENGTHS = (1000, 2000, 4000, 8000)
+
+
+def over_length(results: Results) -> dict[str, list[Contrast]]:
+    def at(steps: int) -> list[Contrast]:
+        run = Run(steps)
+        base = tuned_adamw(results, run, refine=steps <= 2000)
+        rates = (base.learning_rate, 2 * base.learning_rate)
+        # These have a search of their own, on one seed; the one-liners have none.
+        own = {
+            "paper": ("gpa-adamw", PAPER),
+            "Schedule-Free": ("schedule-free-adamw", {}),
+            "EMA, decay to 30 %": ("ema-adamw", PARTIAL_EMA),
+        }
+        settings = together(
+            {
+                name: lambda form=form: tuned(
+                    results,
+                    run,
+                    form[0],
+                    rates,
+                    seeds=TUNING[:1],
+                    knobs=[form[1]],
+                    refine=False,
+                )  # fmt: skip
+                for name, form in own.items()
+            }
+        )
+        named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
+        seeds = FRESH[: 8 if steps < 8000 else 4]
+        runs = found_all(results, run, [base, *named.values()], seeds)
+        return contrasts(named, runs, before=True)
+
+    return together({f"{steps:,} steps": lambda steps=steps: at(steps) for steps in LENGTHS})
+
+
+# Without tuning: the rule against tuned AdamW in conditions that it was not made on.
+SMALL = Workload().model
+CONDITIONS = {
+    "vocabulary of 4,096": Run(
+        1000, Workload(dataclasses.replace(SMALL, vocab_size=4096), text="python-4096")
+    ),
+    "eight layers": Run(1000, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
+    "batches of 128": Run(1000, Workload(batch_size=128)),
+    "batches of 8": Run(1000, Workload(batch_size=8)),
+    "docstrings": Run(1000, Workload(text="docstrings")),
+}
+
+
+def without_tuning(results: Results) -> dict[str, list[Contrast]]:
+    def on(run: Run) -> list[Contrast]:
+        base = tuned_adamw(results, run)
+        forms = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
+        runs = found_all(results, run, [base, *(form(base) for form in forms.values())], FRESH[:8])
+        return contrasts(forms, runs, before=True)
+
+    return together({name: lambda run=run: on(run) for name, run in CONDITIONS.items()})
+
+
+# One member that beats its rivals? Sixteen settings, listed before any of them was run.
+SCREEN: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"decay to 30 %, {name}": ("gpa-adamw", {"final": 0.3, **average})
+        for name, average in {
+            "lr_weighted": {"average": "lr-weighted"},
+            "polynomial(2)": {"average": "polynomial", "power": 2.0},
+            "polynomial(8)": {"average": "polynomial", "power": 8.0},
+            "annealed window of 5 %": {"window": 0.05},
+            "annealed window of 10 %": {"window": 0.1},
+        }.items()
+    },
+    **{
+        f"decay to 10 %, {name}": ("gpa-adamw", {"final": 0.1, **average})
+        for name, average in {
+            "lr_weighted": {"average": "lr-weighted"},
+            "polynomial(8)": {"average": "polynomial", "power": 8.0},
+        }.items()
+    },
+    "lr_weighted, cooldown of 10 %": (
+        "gpa-adamw", {"schedule": "wsd", "decay": 0.1, "average": "lr-weighted"},
+    ),
+    "annealed, cooldown of 20 %": ("gpa-adamw", {"schedule": "wsd", "decay": 0.2}),
+    "constant, polynomial(2)": (
+        "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 2.0},
+    ),
+    "constant, polynomial(8)": (
+        "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 8.0},
+    ),
+    "annealed, mu_y 0.8": ("gpa-adamw", {"mu_y": 0.8}),
+    "annealed, mu_y 0.95": ("gpa-adamw", {"mu_y": 0.95}),
+    "annealed, b1 0.9, mu_y 0.5": ("gpa-adamw", {"b1": 0.9, "mu_y": 0.5}),
+    "anytime, mu_y 0.96": ("anytime", {"mu_y": 0.96}),
+    "paper": ("gpa-adamw", PAPER),
+}  # fmt: skip
+
+
+def screen(results: Results) -> dict[str, list[Contrast]]:
+    """Each at twice AdamW's rate and a fifth of warmup, against the annealed form. The three best
+    are confirmed on seeds that none of this saw."""
+
+    def at(steps: int, seeds: Sequence[int]) -> list[Contrast]:
+        run = Run(steps)
+        base = tuned_adamw(results, run, refine=steps <= 2000)
+        settings = {
+            name: Setting(optimizer, 2 * base.learning_rate, 0.2, tuple(sorted(knobs.items())))
+            for name, (optimizer, knobs) in SCREEN.items()
+        }
+        runs = found_all(results, run, [annealed(base), *settings.values()], seeds)
+        return contrasts(settings, runs, before=True)
+
+    return together(
+        {"1,000 steps": lambda: at(1000, FRESH[:4]), "4,000 steps": lambda: at(4000, FRESH[:2])}
+    )
+
+
+# Around Muon, with momentum 0.9.
+MUON = {
+    **{
+        f"constant, Schedule-Free's average, mu_y {mu_y}": (
+            "gpa-muon", {"schedule": "constant", "average": "lr-weighted", "mu_y": mu_y},
+        )
+        for mu_y in (0.5, 0.7, 0.9)
+    },
+    **{f"annealed, mu_y {mu_y}": ("gpa-muon", {"mu_y": mu_y}) for mu_y in (0.3, 0.5, 0.7)},
+    "EMA, window of 2 %": ("ema-muon", {"window": 0.02}),
+}  # fmt: skip
+
+
+def around_muon(results: Results) -> dict[str, list[Contrast]]:
+    run, rates = Run(1000), (1.6e-2, 3.2e-2)
+    base = tuned(results, run, "muon", rates)
+    settings = together(
+        {
+            name: lambda form=form: tuned(
+                results,
+                run,
+                form[0],
+                rates,
+                warmups=(0.2,),
+                knobs=[form[1]],
+                refine=False,
+            )  # fmt: skip
+            for name, form in MUON.items()
+        }
+    )
+    runs = found_all(results, run, [base, *settings.values()], FRESH)
+    return {"1,000 steps": contrasts(settings, runs, before=True)}
+
+
+# The paper's own setting, at a length where its window is a small part of the run.
+def papers_setting(results: Results) -> dict[str, list[Contrast]]:
+    run = Run(8000)
+    base = tuned_adamw(results, run, refine=False)
+    rates = (base.learning_rate, 2 * base.learning_rate)
+    windows = {"H = 16": 0.9934, "H = 32": 0.9967, "H = 64": 0.9984}
+    settings = together(
+        {
+            name: lambda mu_x=mu_x: tuned(
+                results,
+                run,
+                "gpa-adamw",
+                rates,
+                warmups=(0.05,),
+                seeds=TUNING[:1],
+                knobs=[{**PAPER, "mu_x": mu_x}],
+                refine=False,
+            )  # fmt: skip
+            for name, mu_x in windows.items()
+        }
+    )
+    runs = found_all(results, run, [base, *settings.values()], FRESH[:4])
+    return {"8,000 steps": contrasts(settings, runs, before=True)}
+
+
+STUDIES: dict[str, Callable[[Results], dict[str, list[Contrast]]]] = {
+    "blocks": blocks,
+    "map": by_length_and_batch,
+    "length": over_length,
+    "transfer": without_tuning,
+    "screen": screen,
+    "muon": around_muon,
+    "paper": papers_setting,
+}
+"""In the order of their worth."""
+
+
+def missing(results: Results, names: Iterable[str] = STUDIES) -> list[Member]:
+    """The runs that can be made next, the most valuable first, each once."""
+    members: dict[str, Member] = {}
+    for name in names:
+        try:
+            STUDIES[name](results)
+        except Missing as more:
+            for member in more.members:
+                members.setdefault(member.identity, member)
+    return list(members.values())

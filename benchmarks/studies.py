@@ -90,8 +90,6 @@ class Contrast(NamedTuple):
     name: str
     contender: list[Result]
     baseline: list[Result]
-    before: bool
-    """Whether the contender's form was fixed before any run on these seeds was seen."""
 
 
 def tuned(
@@ -137,6 +135,23 @@ def tuned(
     return min(tried, key=tried.__getitem__)
 
 
+Form = tuple[str, Mapping[str, Any]]
+"""An optimizer and what differs from its defaults."""
+
+
+def tuned_forms(
+    results: Results, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
+) -> dict[str, Setting]:
+    """Each form at its best rate and warmup, on the first of the tuning seeds unless told so."""
+    how = {"seeds": TUNING[:1], "refine": False, **how}
+    return together(
+        {
+            name: lambda form=form: tuned(results, run, form[0], rates, knobs=[form[1]], **how)
+            for name, form in forms.items()
+        }
+    )
+
+
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
@@ -180,7 +195,7 @@ def blocks(results: Results) -> dict[str, list[Contrast]]:
     def on(run: Run) -> list[Contrast]:
         base = tuned_adamw(results, run, refine=run.steps <= 2000)
         baseline = found_all(results, run, [base, *(form(base) for form in BLOCKS.values())], seeds)
-        return contrasts(BLOCKS, baseline, before=True)
+        return contrasts(BLOCKS, baseline)
 
     return together({name: lambda run=run: on(run) for name, run in BLOCK_RUNS.items()})
 
@@ -194,12 +209,10 @@ def found_all(
     return [runs[i :: len(settings)] for i in range(len(settings))]
 
 
-def contrasts(
-    names: Iterable[str], runs: Sequence[list[Result]], *, before: bool
-) -> list[Contrast]:
+def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contrast]:
     """Of each contender with the first of `runs`."""
     baseline, *others = runs
-    return [Contrast(name, one, baseline, before) for name, one in zip(names, others, strict=True)]
+    return [Contrast(name, one, baseline) for name, one in zip(names, others, strict=True)]
 
 
 # The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
@@ -208,7 +221,7 @@ MAP = [
     *((64, steps) for steps in (300, 1000, 3000)),
     *((256, steps) for steps in (100, 300, 1000)),
 ]
-MAP_FORMS = {
+MAP_FORMS: dict[str, Form] = {
     "annealed_adamw": ("annealed", {}),
     "anytime_adamw": ("anytime", {}),
     "paper": ("gpa-adamw", PAPER),
@@ -221,27 +234,16 @@ def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
     def cell(batch: int, steps: int) -> list[Contrast]:
         run = Run(steps, Workload(batch_size=batch))
         middle = 8e-3 * math.sqrt(batch / 32)
-
-        def best(optimizer: str, centre: float, knobs: Mapping[str, Any] = {}) -> Setting:
-            rates = [float(f"{centre * factor:.3g}") for factor in (0.5, 1, 2)]
-            return tuned(
-                results, run, optimizer, rates,
-                warmups=(0.2,), seeds=TUNING[:1], knobs=[knobs], refine=False,
-            )  # fmt: skip
-
+        forms: dict[str, Form] = {"adamw": ("adamw", {}), **MAP_FORMS}
         settings = together(
             {
-                "adamw": lambda: best("adamw", middle),
-                **{
-                    name: lambda form=form: best(
-                        form[0], middle if form[1] else 2 * middle, form[1]
-                    )
-                    for name, form in MAP_FORMS.items()
-                },
+                name: lambda name=name, form=form: tuned_forms(
+                    results, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
+                )[name]
+                for name, form in forms.items()
             }
         )
-        runs = found_all(results, run, list(settings.values()), FRESH[:3])
-        return contrasts(MAP_FORMS, runs, before=True)
+        return contrasts(MAP_FORMS, found_all(results, run, [*settings.values()], FRESH[:3]))
 
     ordered = sorted(MAP, key=lambda cell: cell[0] * cell[1])
     return together(
@@ -252,8 +254,23 @@ def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
     )
 
 
+def octaves(centre: float) -> list[float]:
+    return [float(f"{centre * factor:.3g}") for factor in (0.5, 1, 2)]
+
+
+def centre(name: str, adamws: float) -> float:
+    """Where the search for a rate starts: the one-liners' rule is twice AdamW's."""
+    return 2 * adamws if name in BLOCKS else adamws
+
+
 # Length: fresh data, one size of model, 1,000 to 8,000 steps.
 LENGTHS = (1000, 2000, 4000, 8000)
+# These have a search of their own, where the one-liners have none.
+RIVALS: dict[str, Form] = {
+    "paper": ("gpa-adamw", PAPER),
+    "Schedule-Free": ("schedule-free-adamw", {}),
+    "EMA, decay to 30 %": ("ema-adamw", PARTIAL_EMA),
+}
 
 
 def over_length(results: Results) -> dict[str, list[Contrast]]:
@@ -261,30 +278,11 @@ def over_length(results: Results) -> dict[str, list[Contrast]]:
         run = Run(steps)
         base = tuned_adamw(results, run, refine=steps <= 2000)
         rates = (base.learning_rate, 2 * base.learning_rate)
-        # These have a search of their own, on one seed; the one-liners have none.
-        own = {
-            "paper": ("gpa-adamw", PAPER),
-            "Schedule-Free": ("schedule-free-adamw", {}),
-            "EMA, decay to 30 %": ("ema-adamw", PARTIAL_EMA),
-        }
-        settings = together(
-            {
-                name: lambda form=form: tuned(
-                    results,
-                    run,
-                    form[0],
-                    rates,
-                    seeds=TUNING[:1],
-                    knobs=[form[1]],
-                    refine=False,
-                )  # fmt: skip
-                for name, form in own.items()
-            }
-        )
+        settings = tuned_forms(results, run, RIVALS, rates)
         named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
         seeds = FRESH[: 8 if steps < 8000 else 4]
         runs = found_all(results, run, [base, *named.values()], seeds)
-        return contrasts(named, runs, before=True)
+        return contrasts(named, runs)
 
     return together({f"{steps:,} steps": lambda steps=steps: at(steps) for steps in LENGTHS})
 
@@ -307,13 +305,13 @@ def without_tuning(results: Results) -> dict[str, list[Contrast]]:
         base = tuned_adamw(results, run)
         forms = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
         runs = found_all(results, run, [base, *(form(base) for form in forms.values())], FRESH[:8])
-        return contrasts(forms, runs, before=True)
+        return contrasts(forms, runs)
 
     return together({name: lambda run=run: on(run) for name, run in CONDITIONS.items()})
 
 
 # One member that beats its rivals? Sixteen settings, listed before any of them was run.
-SCREEN: dict[str, tuple[str, dict[str, Any]]] = {
+SCREEN: dict[str, Form] = {
     **{
         f"decay to 30 %, {name}": ("gpa-adamw", {"final": 0.3, **average})
         for name, average in {
@@ -361,7 +359,7 @@ def screen(results: Results) -> dict[str, list[Contrast]]:
             for name, (optimizer, knobs) in SCREEN.items()
         }
         runs = found_all(results, run, [annealed(base), *settings.values()], seeds)
-        return contrasts(settings, runs, before=True)
+        return contrasts(settings, runs)
 
     return together(
         {"1,000 steps": lambda: at(1000, FRESH[:4]), "4,000 steps": lambda: at(4000, FRESH[:2])}
@@ -369,7 +367,7 @@ def screen(results: Results) -> dict[str, list[Contrast]]:
 
 
 # Around Muon, with momentum 0.9.
-MUON = {
+MUON: dict[str, Form] = {
     **{
         f"constant, Schedule-Free's average, mu_y {mu_y}": (
             "gpa-muon", {"schedule": "constant", "average": "lr-weighted", "mu_y": mu_y},
@@ -384,22 +382,9 @@ MUON = {
 def around_muon(results: Results) -> dict[str, list[Contrast]]:
     run, rates = Run(1000), (1.6e-2, 3.2e-2)
     base = tuned(results, run, "muon", rates)
-    settings = together(
-        {
-            name: lambda form=form: tuned(
-                results,
-                run,
-                form[0],
-                rates,
-                warmups=(0.2,),
-                knobs=[form[1]],
-                refine=False,
-            )  # fmt: skip
-            for name, form in MUON.items()
-        }
-    )
+    settings = tuned_forms(results, run, MUON, rates, warmups=(0.2,), seeds=TUNING)
     runs = found_all(results, run, [base, *settings.values()], FRESH)
-    return {"1,000 steps": contrasts(settings, runs, before=True)}
+    return {"1,000 steps": contrasts(settings, runs)}
 
 
 # The paper's own setting, at a length where its window is a small part of the run.
@@ -408,23 +393,12 @@ def papers_setting(results: Results) -> dict[str, list[Contrast]]:
     base = tuned_adamw(results, run, refine=False)
     rates = (base.learning_rate, 2 * base.learning_rate)
     windows = {"H = 16": 0.9934, "H = 32": 0.9967, "H = 64": 0.9984}
-    settings = together(
-        {
-            name: lambda mu_x=mu_x: tuned(
-                results,
-                run,
-                "gpa-adamw",
-                rates,
-                warmups=(0.05,),
-                seeds=TUNING[:1],
-                knobs=[{**PAPER, "mu_x": mu_x}],
-                refine=False,
-            )  # fmt: skip
-            for name, mu_x in windows.items()
-        }
-    )
+    forms: dict[str, Form] = {
+        name: ("gpa-adamw", {**PAPER, "mu_x": mu_x}) for name, mu_x in windows.items()
+    }
+    settings = tuned_forms(results, run, forms, rates, warmups=(0.05,))
     runs = found_all(results, run, [base, *settings.values()], FRESH[:4])
-    return {"8,000 steps": contrasts(settings, runs, before=True)}
+    return {"8,000 steps": contrasts(settings, runs)}
 
 
 STUDIES: dict[str, Callable[[Results], dict[str, list[Contrast]]]] = {

@@ -26,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import processor
+from benchmarks.ensemble import evaluations
 from examples import training
 from examples.command_line import decisive, from_json, keep_memory, to_json, versions
 from examples.files import write_whole
@@ -215,12 +216,6 @@ def one_run(config: OneRun) -> tuple[OneRun, dict[str, Any]]:
         "date": datetime.date.today().isoformat(),
         "cpu_seconds": round(time.process_time() - start, 1),
     }
-
-
-def evaluations(steps: int) -> set[int]:
-    """Rarely in the first half, every 2 % of the run in the second."""
-    percents = [*range(10, 50, 10), *range(50, 101, 2)]
-    return {round(percent * steps / 100) for percent in percents}
 
 
 @functools.lru_cache(maxsize=1)

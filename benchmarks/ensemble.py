@@ -1,0 +1,409 @@
+"""Trains the members of a study: small Llamas that differ in optimizer, hyperparameters and seed.
+
+    tokens = corpus.load(folder)
+    [result] = train([Member("annealed", steps=1000, seed=2000, learning_rate=1.6e-2)], tokens)
+
+A member is a run: it reads windows of the corpus in an order that its seed decides, none of them
+twice, and is evaluated at x on held-out windows, the same ones for all. Members that differ only in
+numbers (`learning_rate`, `weight_decay`, the seed, and the knobs in `TRACED`) run the same compiled
+program. On an accelerator they are trained at once, by `jax.vmap`; on a CPU one by one, which is
+faster there.
+
+This module imports jax, flax, optax and NumPy only, so that it runs where the trainer's
+dependencies are not installed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from optax import contrib
+
+import gpa_optax
+from benchmarks.corpus import Text, Tokens
+from examples.llama.model import Llama, LlamaConfig
+from examples.optimizers import Recipe, decays, hidden_matrices
+from gpa_optax import averaging
+
+HELD_OUT = 4096  # windows at the end of a run
+ON_THE_WAY = 512  # and before
+# What each optimizer may be given beside learning rate, warmup and weight decay, and its defaults.
+BASE = {"b1": 0.9, "b2": 0.95, "schedule": "linear", "decay": 0.2, "final": 0.0}
+AVERAGE = {"average": "annealed", "window": 0.05, "mu_x": None, "power": 0.0}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "annealed": {"mu_y": 0.9, "window": 0.05, "b2": 0.95},
+    "anytime": {"mu_y": 0.9, "b2": 0.95},
+    "adamw": BASE,
+    "muon": BASE,
+    "gpa-adamw": {**BASE, **AVERAGE, "b1": 0.0, "mu_y": 0.9, "base_params": "z"},
+    "gpa-muon": {**BASE, **AVERAGE, "mu_y": 0.5, "base_params": "z"},
+    "ema-adamw": {**BASE, **AVERAGE, "average": "warmed-up"},
+    "ema-muon": {**BASE, **AVERAGE, "average": "warmed-up"},
+    "schedule-free-adamw": {**BASE, "b1": 0.0, "schedule": "constant", "mu_y": 0.9},
+    "schedule-free-muon": {**BASE, "schedule": "constant", "mu_y": 0.9},
+    "diloco-adamw": {**BASE, "sync_period": 16, "outer_learning_rate": 0.7, "outer_momentum": 0.9},
+}
+# Numbers that members which run the same program may differ in.
+TRACED = ("learning_rate", "weight_decay", "mu_y", "final", "outer_learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is trained, and on what."""
+
+    model: LlamaConfig = LlamaConfig(
+        512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2
+    )
+    text: Text = "python"
+    length: int = 64
+    """Tokens that a window predicts."""
+    batch_size: int = 32
+    """Windows in an update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a study."""
+
+    optimizer: str
+    """A name in OPTIMIZERS."""
+    steps: int
+    seed: int
+    """Decides the initialization and the order of the data."""
+    learning_rate: float
+    warmup: float = 0.1
+    """Part of the run in which the learning rate grows from 0."""
+    weight_decay: float = 0.1
+    knobs: tuple[tuple[str, Any], ...] = ()
+    """What differs from the optimizer's defaults, in any order; also given as a mapping."""
+    workload: Workload = Workload()
+
+    def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}."
+            )
+        defaults, given = OPTIMIZERS[self.optimizer], dict(self.knobs)
+        if unknown := sorted(given.keys() - defaults.keys()):
+            raise ValueError(
+                f"{self.optimizer} has no knob {', '.join(unknown)}: it has {', '.join(defaults)}."
+            )
+        changed = sorted((k, v) for k, v in given.items() if v != defaults[k])
+        object.__setattr__(self, "knobs", tuple(changed))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the optimizer is made of."""
+        rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        return {**OPTIMIZERS[self.optimizer], **dict(self.knobs), **rates}
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.steps)
+
+    def changes(self) -> dict[str, Any]:
+        """What is not default, as JSON has it; `optimizer`, `steps`, `seed` and `learning_rate`
+        have no defaults."""
+        changed = different(dataclasses.asdict(self), dataclasses.asdict(Member("adamw", 0, 0, 0)))
+        required = {k: getattr(self, k) for k in ("optimizer", "steps", "seed", "learning_rate")}
+        knobs = {"knobs": dict(self.knobs)} if self.knobs else {}
+        return {**changed, **required, **knobs}
+
+    @property
+    def identity(self) -> str:
+        """Of two members with equal identities, one is enough."""
+        text = json.dumps(self.changes(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: different(value, defaults[name]) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value != defaults[name]
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a member."""
+
+    member: Member
+    curve: Mapping[str, list[float]]
+    """Steps, and the held-out loss (nats a token) at x after them; also at y if that was asked."""
+    final: float
+    """The loss at the end, on more windows; infinite if the member diverged."""
+    seconds: float
+    """CPU time, or its share of the time of those that were trained together."""
+
+
+def shape(member: Member, settings: Mapping[str, Any]) -> optax.Schedule:
+    """The learning rate as a part of its peak."""
+    warmup, final = member.warmup_steps, settings["final"]
+    rest, decay = max(1, member.steps - warmup), max(1, round(settings["decay"] * member.steps))
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, rest, final),
+        "linear": lambda: optax.linear_schedule(1.0, final, rest),
+        "wsd": lambda: optax.linear_schedule(1.0, final, decay, rest - decay),
+        "constant": lambda: optax.constant_schedule(1.0),
+    }[settings["schedule"]]()
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+
+
+def recipe(member: Member, settings: Mapping[str, Any]) -> Recipe:
+    """The optimizer behind gradient clipping, and how to get the weights to evaluate.
+
+    Of the `settings`, those in `TRACED` may be traced.
+    """
+    name, steps, warmup = member.optimizer, member.steps, member.warmup_steps
+    rate, decay = settings["learning_rate"], settings["weight_decay"]
+    own = {"mask": decays, "weight_decay": decay}
+    evaluated = gpa_optax.eval_params
+    if name in ("annealed", "anytime"):
+        own |= {knob: settings[knob] for knob in OPTIMIZERS[name]}
+        if name == "annealed":
+            optimizer = gpa_optax.annealed_adamw(rate, steps, warmup, **own)
+        else:
+            optimizer = gpa_optax.anytime_adamw(rate, warmup, **own)
+        return Recipe(optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
+
+    relative = shape(member, settings)
+
+    def learning_rate(count):
+        return rate * relative(count)
+
+    around, _, base = name.rpartition("-")
+    b1, b2 = settings["b1"], settings["b2"]
+    if base == "muon":
+        optimizer = contrib.muon(
+            learning_rate,
+            beta=b1,
+            weight_decay=decay,
+            weight_decay_mask=decays,
+            adam_b2=b2,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=0.2,  # so that a learning rate for AdamW fits
+        )
+    elif b1 == 0:  # no first moment is kept
+        optimizer = optax.chain(
+            optax.scale_by_rms(b2, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(decay, mask=decays),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    else:
+        optimizer = optax.adamw(learning_rate, b1, b2, **own)
+    if around in ("gpa", "ema"):
+        mu_x = average(member, relative, settings)
+        mu_y, at = settings.get("mu_y", 0.0), settings.get("base_params", "z")
+        optimizer = gpa_optax.gpa(optimizer, mu_x, mu_y, base_params=at)
+    elif around == "schedule-free":
+        optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings["mu_y"])
+
+        def evaluated(opt_state, params):
+            return contrib.schedule_free_eval_params(opt_state[1], params)
+    elif around == "diloco":
+        outer = settings["outer_learning_rate"], settings["outer_momentum"]
+        optimizer = gpa_optax.single_worker_diloco(optimizer, settings["sync_period"], *outer)
+    else:
+
+        def evaluated(opt_state, params):
+            return params
+
+    return Recipe(optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
+
+
+def average(
+    member: Member, relative: optax.Schedule, settings: Mapping[str, Any]
+) -> float | averaging.AveragingSchedule:
+    """mu_x. Of the learning rate only the shape matters to it."""
+    mu_x = settings["mu_x"]
+    if mu_x is None:
+        mu_x = averaging.from_horizon(max(1.0, settings["window"] * member.steps))
+    return {
+        "annealed": lambda: averaging.annealed(mu_x, relative, 1.0),
+        "warmed-up": lambda: averaging.warmed_up(mu_x),
+        "constant": lambda: mu_x,
+        "polynomial": lambda: averaging.polynomial(settings["power"]),
+        "lr-weighted": lambda: averaging.lr_weighted(relative, member.warmup_steps),
+    }[settings["average"]]()
+
+
+class Program(NamedTuple):
+    """The jitted functions of a member, or of members that are trained together, whose arguments
+    and results then have the member as their first axis."""
+
+    initial: Callable[..., Any]
+    advance: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+def structure(member: Member) -> Member:
+    """The same for all members that run the same program."""
+    static = {name: value for name, value in member.knobs if name not in TRACED}
+    return dataclasses.replace(member, seed=0, learning_rate=1.0, weight_decay=0.1, knobs=static)
+
+
+@functools.lru_cache(maxsize=4)
+def program(like: Member, together: bool, at_y: bool) -> Program:
+    """For all members of a structure."""
+    config, length = like.workload.model, like.workload.length
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+
+    def built(numbers: Mapping[str, jax.Array]) -> Recipe:
+        return recipe(like, {**like.settings, **numbers})
+
+    def initial(seed: jax.Array, numbers: Mapping[str, jax.Array]):
+        model = Llama(config, nnx.Rngs(jax.random.key(seed)))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return params, built(numbers).optimizer.init(params)
+
+    def loss(params: optax.Params, windows: jax.Array) -> jax.Array:
+        return cross_entropy(nnx.merge(graph, params)(windows[:, :-1]), windows[:, 1:])
+
+    def advance(state, numbers: Mapping[str, jax.Array], starts: jax.Array, tokens: jax.Array):
+        optimizer = built(numbers).optimizer
+
+        def step(state, starts):
+            params, opt_state = state
+            windows = tokens[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
+            grads = jax.grad(loss)(params, windows)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(step, state, starts)[0]
+
+    def evaluate(state, numbers: Mapping[str, jax.Array], parts: jax.Array):
+        params, opt_state = state
+        weights = {"loss": built(numbers).evaluated(opt_state, params)}
+        weights |= {"loss at y": params} if at_y else {}
+        return {
+            name: jax.lax.map(functools.partial(loss, params), parts).mean()
+            for name, params in weights.items()
+        }
+
+    if together:
+        initial = jax.vmap(initial)
+        advance = jax.vmap(advance, (0, 0, 0, None))
+        evaluate = jax.vmap(evaluate, (0, 0, None))
+    return Program(jax.jit(initial), jax.jit(advance, donate_argnums=0), jax.jit(evaluate))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over all tokens, in nats.
+
+    The target's logit comes from a sum and not by an index, whose gradient is a scatter.
+    """
+    chosen = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0).sum(-1)
+    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+
+
+def starts(member: Member, count: int) -> np.ndarray:
+    """Where the windows of each step begin in a stream of `count` tokens: (steps, windows)."""
+    length, batch = member.workload.length, member.workload.batch_size
+    there, needed = (count - 1) // length, member.steps * batch
+    if needed > there:
+        raise ValueError(
+            f"{member.steps:,} steps of {batch} windows need {needed:,} windows, and {count:,} "
+            f"tokens have {there:,} of {length}: train for at most {there // batch:,} steps, or "
+            "make a larger corpus."
+        )
+    order = np.random.default_rng(member.seed).permutation(there)
+    return (order[:needed] * length).astype(np.int32).reshape(member.steps, batch)
+
+
+def held_out_windows(workload: Workload, tokens: np.ndarray) -> np.ndarray:
+    """The same ones for all members, in parts of 64."""
+    length = workload.length
+    there = (len(tokens) - 1) // length
+    count = min(HELD_OUT, there // 64 * 64)
+    if count < ON_THE_WAY:
+        raise ValueError(
+            f"To evaluate takes {ON_THE_WAY} held-out windows of {length} tokens, and "
+            f"{len(tokens):,} tokens have {there}: hold out more."
+        )
+    order = np.random.default_rng(0).permutation(there)[:count] * length
+    windows = tokens[order[:, None] + np.arange(length + 1)].astype(np.int32)
+    return windows.reshape(-1, 64, length + 1)
+
+
+def evaluations(steps: int) -> list[int]:
+    """After which steps: rarely in the first half, every 2 % of the run in the second."""
+    percents = [*range(10, 50, 10), *range(50, 101, 2)]
+    return sorted({round(percent * steps / 100) for percent in percents} - {0})
+
+
+def train(members: Sequence[Member], tokens: Tokens, at_y: bool = False) -> list[Result]:
+    """Trains all members; returns their results in the same order.
+
+    Args:
+      members: any number of members of any structure, all on the text of `tokens`.
+      tokens: the corpus.
+      at_y: whether to evaluate the params as well, where gradients are taken.
+
+    Raises:
+      ValueError: if the corpus is too small to give a member fresh windows at each step.
+    """
+    groups: dict[Member, list[Member]] = {}
+    for member in members:
+        groups.setdefault(structure(member), []).append(member)
+    alone = jax.default_backend() == "cpu"
+    results = {}
+    for group in groups.values():
+        for some in [[member] for member in group] if alone else [group]:
+            results |= {result.member: result for result in train_group(some, tokens, at_y)}
+    return [results[member] for member in members]
+
+
+def train_group(members: Sequence[Member], tokens: Tokens, at_y: bool) -> list[Result]:
+    """Trains members of one structure at once."""
+    began = time.process_time()
+    like, together = structure(members[0]), len(members) > 1
+    compiled = program(like, together, at_y)
+
+    def gathered(values: Iterable[Any]) -> np.ndarray:
+        return np.stack([*values]) if together else next(iter(values))
+
+    numbers = {
+        name: gathered([np.float32(member.settings[name]) for member in members])
+        for name in TRACED
+        if name in like.settings
+    }
+    order = [starts(member, len(tokens.train)) for member in members]
+    train_tokens = jnp.asarray(tokens.train)
+    parts = jnp.asarray(held_out_windows(like.workload, tokens.held_out))
+    state = compiled.initial(gathered([np.uint32(member.seed) for member in members]), numbers)
+    points = evaluations(like.steps)
+    unit = math.gcd(*points)  # steps in a call, so that all calls are the same program
+    values: dict[str, list[np.ndarray]] = {}
+    for done in range(unit, like.steps + 1, unit):
+        rows = gathered([starts[done - unit : done] for starts in order])
+        state = compiled.advance(state, numbers, rows, train_tokens)
+        if done in points:
+            found = compiled.evaluate(state, numbers, parts[: ON_THE_WAY // 64])
+            for name, value in found.items():
+                values.setdefault(name, []).append(np.atleast_1d(value))
+            if not np.isfinite(values["loss"][-1]).any():
+                break
+    final = np.atleast_1d(compiled.evaluate(state, numbers, parts)["loss"])
+    seconds = (time.process_time() - began) / len(members)
+    curves = {name: np.stack(value, axis=1).astype(float) for name, value in values.items()}
+    results = []
+    for index, member in enumerate(members):
+        finite = np.isfinite(curves["loss"][index])
+        count = len(finite) if finite.all() else int(finite.argmin())
+        curve = {name: rows[index, :count].tolist() for name, rows in curves.items()}
+        end = final[index] if count == len(points) else math.inf
+        results.append(Result(member, {"step": points[:count], **curve}, float(end), seconds))
+    return results

@@ -290,9 +290,7 @@ def over_length(results: Results) -> dict[str, list[Contrast]]:
 # Without tuning: the rule against tuned AdamW in conditions that it was not made on.
 SMALL = Workload().model
 CONDITIONS = {
-    "vocabulary of 4,096": Run(
-        1000, Workload(dataclasses.replace(SMALL, vocab_size=4096), text="python-4096")
-    ),
+    "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
     "eight layers": Run(1000, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
     "batches of 128": Run(1000, Workload(batch_size=128)),
     "batches of 8": Run(1000, Workload(batch_size=8)),

@@ -18,16 +18,20 @@ from gpa_optax._aliases import (
 from gpa_optax._diloco import SingleWorkerDiLoCoState, single_worker_diloco
 from gpa_optax._gpa import GPAState, gpa
 from gpa_optax._iterates import Iterates, eval_params, iterates
+from gpa_optax._trainers import EndAtXState, check_step, end_at_x
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EndAtXState",
     "GPAState",
     "Iterates",
     "SingleWorkerDiLoCoState",
     "annealed_adamw",
     "anytime_adamw",
     "averaging",
+    "check_step",
+    "end_at_x",
     "eval_params",
     "gpa",
     "gpa_adamw",

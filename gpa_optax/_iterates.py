@@ -106,22 +106,52 @@ def iterates(opt_state: Any, params: optax.Params) -> Iterates:
       >>> print(*(float(leaf) for leaf in iterates(opt_state, params)))
       0.5 0.75 1.0
     """
-    found = []
-    for state in _find(opt_state, (GPAState,)):
-        x = _read(state, state.x, params)
-        y = _read(state, params if state.y is None else state.y, params)
-        y = [None if of_x is None else of_y for of_x, of_y in zip(x, y, strict=True)]
-        (mu_y,) = jax.tree.leaves(state.last_mu_y)  # in flax.nnx.Optimizer a Variable
-        if np.ndim(mu_y) != 0:
-            raise ValueError(
-                f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
-                "Call jax.vmap(iterates)(opt_state, params)."
-            )
-        found.append((x, y, z_of(x, y, mu_y)))
+    found = [_sequences(state, params) for state in gpa_states(opt_state)]
     x, y, z = (
         _combined(states, params, lambda leaf, p: leaf) for states in zip(*found, strict=True)
     )
     return Iterates(x, y, z)
+
+
+def gpa_states(opt_state: Any) -> list[GPAState]:
+    """The outermost GPA states; ValueError if there is none."""
+    return _find(opt_state, (GPAState,))
+
+
+class CoveredLeaf(NamedTuple):
+    """A leaf of the params, and what a GPA state holds of it."""
+
+    name: str
+    param: Any
+    x: jax.Array
+    y: jax.Array
+    """At full precision: the parameter itself, or the copy that the state stores."""
+    z: jax.Array
+
+
+def covered_leaves(state: GPAState, params: optax.Params) -> list[CoveredLeaf]:
+    """The leaves that a state covers, in the order of the params."""
+    return [
+        CoveredLeaf(f"params{keystr(path)}", p, x, y, z)
+        for (path, p), x, y, z in zip(
+            tree_leaves_with_path(params), *_sequences(state, params), strict=True
+        )
+        if x is not None
+    ]
+
+
+def _sequences(state: GPAState, params: optax.Params) -> tuple[list[Any], list[Any], list[Any]]:
+    """The leaves of x, y and z for those of `params`; None where the state has none."""
+    (mu_y,) = jax.tree.leaves(state.last_mu_y)  # in flax.nnx.Optimizer a Variable
+    if np.ndim(mu_y) != 0:
+        raise ValueError(
+            f"opt_state must be that of one optimizer, got an ensemble of {np.shape(mu_y)}. "
+            "Call the function under jax.vmap, as in jax.vmap(iterates)(opt_state, params)."
+        )
+    x = _read(state, state.x, params)
+    y = _read(state, params if state.y is None else state.y, params)
+    y = [None if of_x is None else jnp.asarray(of_y) for of_x, of_y in zip(x, y, strict=True)]
+    return x, y, z_of(x, y, mu_y)
 
 
 def _read(state: Any, stored: Any, params: optax.Params) -> list[Any]:

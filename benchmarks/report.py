@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -50,8 +50,8 @@ TITLES = {
     "images": "ViT, batches of 64",
     "images-large": "ViT, batches of 512",
 }
-RECIPE = "the recipe"
-GPAS = ("gpa-adamw", "gpa-adamw, annealed", RECIPE)
+RECIPE = "the recipe"  # of benchmarks.transfer
+GPAS = (RECIPE, "gpa-adamw", "gpa-adamw, annealed")
 # Whose form was chosen when the seeds of these finals had been seen.
 AFTER = {"text": set(GPAS), "images": {RECIPE}, "images-large": {RECIPE}}
 METHOD_COLOURS = dict(
@@ -77,7 +77,7 @@ def short_title(contender: str) -> str:
 
 
 def title_beside_adamw(name: str) -> str:
-    return name if name == RECIPE else short_title(name)
+    return "`anytime_adamw`, not tuned" if name == RECIPE else short_title(name)
 
 
 def finals_table(store: Store, workload: str) -> str:
@@ -108,13 +108,13 @@ def trials_table(store: Store, workload: str) -> str:
 
 
 def beside_adamw(workload: str, store: Store) -> dict[str, list[OneRun]]:
-    """The finals' runs with AdamW as the base, and the recipe's on the same seeds."""
+    """The recipe's runs, and the finals' with AdamW as the base on the same seeds."""
     finals = settled(steps_to_target.finals(workload, store), store)
     recipe = settled(transfer.on_workload(workload, store), store)
     if finals is None or recipe is None:
         return {}
     found = {name: runs for name, runs in finals.items() if parts(name)[1] == "adamw"}
-    return found | {RECIPE: recipe["gpa-adamw"]}
+    return {RECIPE: recipe["gpa-adamw"], **found}
 
 
 def differences(runs: Sequence[OneRun], others: Sequence[OneRun], store: Store) -> list[float]:
@@ -146,45 +146,93 @@ def rivals_table(store: Store) -> str:
     return markdown(headings, lines)
 
 
-def savings_table(store: Store) -> str:
-    """The signed saving of each contender, beside AdamW's against itself."""
-    lines = []
-    for workload in WORKLOADS:
-        found = beside_adamw(workload, store)
-        if found:
-            lines += savings(TITLES[workload], found, AFTER[workload], store)
-    for condition in transfer.CONDITIONS:
-        runs = settled(transfer.on_condition(condition, store), store)
-        if runs is not None:
-            both = {"adamw": runs["adamw"], RECIPE: runs["gpa-adamw"]}
-            lines += savings(condition, both, set(), store)
-    headings = (
-        "", "", "form chosen", "signed saving", "AdamW against itself",
-        "loss at the end: p, by Holm",
-    )  # fmt: skip
-    return markdown(headings, lines)
+class Saving(NamedTuple):
+    """What a contender saves in one place, and what AdamW saves against itself there."""
+
+    where: str
+    name: str
+    chosen: str
+    """Whether its form was chosen before or after the seeds were seen."""
+    saved: float
+    low: float
+    high: float
+    by_chance: float
+    p: float
+    """Of the difference of the losses at the end, by Holm over the contenders of the place."""
 
 
 def savings(
     where: str, runs: dict[str, list[OneRun]], after: set[str], store: Store
-) -> Iterator[list[str]]:
-    """A line for each contender; those in `after` were chosen when their seeds had been seen."""
+) -> list[Saving]:
+    """A line for each contender against the runs of AdamW."""
     curves = {name: [store[run].curve["loss"] for run in same] for name, same in runs.items()}
     baseline = curves.pop("adamw")
     saving = functools.partial(signed_saving, store[runs["adamw"][0]].curve["step"])
-    by_chance = np.quantile(np.abs(against_itself(saving, baseline)), 0.95)
+    by_chance = float(np.quantile(np.abs(against_itself(saving, baseline)), 0.95))
     p_values = [estimate(differences(runs[name], runs["adamw"], store)).p for name in curves]
-    for (name, of_it), p in zip(curves.items(), holm(p_values), strict=True):
-        low, high = bootstrap(saving, of_it, baseline)
-        yield [
+    return [
+        Saving(
             where,
             title_beside_adamw(name),
             "after" if name in after else "before",
-            f"{saving(of_it, baseline):+.1%} ({low:+.1%} to {high:+.1%})",
-            f"within {by_chance:.1%}",
-            f"{p:.1g}",
+            saving(of_it, baseline),
+            *bootstrap(saving, of_it, baseline),
+            by_chance,
+            p,
+        )
+        for (name, of_it), p in zip(curves.items(), holm(p_values), strict=True)
+    ]
+
+
+@functools.cache
+def all_savings(store: Store) -> list[Saving]:
+    """On the workloads, and the recipe's on the further conditions."""
+    found = []
+    for workload in WORKLOADS:
+        runs = beside_adamw(workload, store)
+        found += savings(TITLES[workload], runs, AFTER[workload], store) if runs else []
+    for condition in transfer.CONDITIONS:
+        runs = settled(transfer.on_condition(condition, store), store)
+        if runs is not None:
+            both = {"adamw": runs["adamw"], RECIPE: runs["gpa-adamw"]}
+            found += savings(condition, both, set(), store)
+    return found
+
+
+def savings_table(store: Store) -> str:
+    lines = [
+        [
+            s.where,
+            s.name,
+            s.chosen,
+            f"{s.saved:+.1%} ({s.low:+.1%} to {s.high:+.1%})",
+            f"within {s.by_chance:.1%}",
+            f"{s.p:.1g}",
         ]
-        where = ""
+        for s in all_savings(store)
+    ]
+    headings = (
+        "",
+        "",
+        "form chosen",
+        "signed saving",
+        "AdamW against itself",
+        "loss at the end: p",
+    )
+    return markdown(headings, lines)
+
+
+def brief_savings_table(store: Store) -> str:
+    """For the README: the workloads beside each other."""
+    found = [s for s in all_savings(store) if s.where in TITLES.values()]
+    places = list(dict.fromkeys(s.where for s in found))
+    lines = []
+    for name in dict.fromkeys(s.name for s in found):
+        of_it = [s for s in found if s.name == name]
+        lines.append([name, *(f"{s.saved:+.0%} ({s.low:+.0%} to {s.high:+.0%})" for s in of_it)])
+    chance = {s.where: f"within {s.by_chance:.0%}" for s in found}
+    lines.append(["AdamW, against itself on other seeds", *chance.values()])
+    return markdown(("", *places), lines if found else [])
 
 
 def saved_figure(rows: dict[str, list[Row]]) -> Figure:
@@ -467,6 +515,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
         found[f"trials-{workload}"] = lambda workload=workload: trials_table(store, workload)
     found["rivals"] = lambda: rivals_table(store)
     found["savings"] = lambda: savings_table(store)
+    found["savings-in-brief"] = lambda: brief_savings_table(store)
     found["ingredients"] = lambda: markdown(
         ingredients.HEADINGS, ingredients.effects_table(ingredients.effects(store))
     )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -14,7 +15,9 @@ import pytest
 from conftest import run
 
 import gpa_optax
+from gpa_optax import averaging
 
+PUBLIC = {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RECIPES = sorted(DOCS.glob("recipes/*.py"))
@@ -60,43 +63,101 @@ def run_blocks(page: str, names: dict, count: int) -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
 def test_the_loop_of_the_front_page_trains(page, names):
     start = names["loss"](names["params"], names["validation_batch"])
-    run_blocks(page, names, 2 if page == "README.md" else 1)
+    names["steps"] = len(names["batches"])
+    run_blocks(page, names, 1)
     assert names["validation_loss"] < start
 
 
-def test_the_recipe_is_the_average_that_the_page_describes(names):
-    run_blocks("README.md", names, 2)
-    # After 200 steps of warmup, which weigh as a third of so many, and 301 more.
-    assert float(names["mu_x"](500)) == pytest.approx(1 - 1 / (200 / 3 + 301), abs=1e-4)
+def test_the_two_settings_of_the_choosing_page_are_what_it_says(names):
+    steps, warmup, peak = 100, 20, 2 * names["adamw_learning_rate"]
+    line = optax.linear_schedule(peak, 0.0, steps - warmup)
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    falling = optax.join_schedules([rise, line], [warmup])
+    staying = optax.warmup_constant_schedule(0.0, peak, warmup)
+    window = averaging.annealed(averaging.from_horizon(0.05 * steps), falling, peak)
+    by_hand = {
+        "annealed": gpa_optax.gpa(adamw_without_momentum(falling), window, mu_y=0.9),
+        "anytime": gpa_optax.gpa(
+            adamw_without_momentum(staying), averaging.lr_weighted(staying, warmup), mu_y=0.9
+        ),
+    }
+    names |= PUBLIC | {"steps": steps, "warmup_steps": warmup}
+    for block, expected in zip(python_blocks("docs/choosing.md"), by_hand.values(), strict=True):
+        exec(block, names)
+        found = run(names["optimizer"], names["params"], lambda t, params: params, steps + 1)
+        wanted = run(expected, names["params"], lambda t, params: params, steps + 1)
+        for ours, theirs in zip(ends(*found), ends(*wanted), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        x, y = ends(*found)
+        # At a learning rate of 0 both meet; at a constant one they stay apart.
+        assert np.allclose(x, y, rtol=1e-6) == (expected is by_hand["annealed"])
 
 
-def test_the_annealed_window_of_the_choosing_page_closes_at_the_end(names):
-    names |= {"optax": optax, "averaging": gpa_optax.averaging, "gpa_adamw": gpa_optax.gpa_adamw}
-    names |= {"peak": 4e-3, "steps": 100}
-    run_blocks("docs/choosing.md", names, 1)
-    params, opt_state = run(names["optimizer"], names["params"], lambda t, params: params, 101)
-    x = gpa_optax.eval_params(opt_state, params)
-    assert not np.array_equal(params["kernel"], names["params"]["kernel"])
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), x, params)
+def adamw_without_momentum(schedule):
+    return optax.adamw(schedule, b1=0.0, b2=0.95, weight_decay=0.1)
+
+
+def ends(params, opt_state):
+    """x and y of the kernel."""
+    return gpa_optax.eval_params(opt_state, params)["kernel"], params["kernel"]
 
 
 def test_the_migration_page_is_right_that_two_forms_are_the_same(names):
-    names |= {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
-    before, wrapped, alias = python_blocks("docs/migration.md")[0].splitlines()
-    ends = []
+    names |= PUBLIC | {"mu_x": averaging.uniform(), "schedule": optax.linear_schedule(0.1, 0, 50)}
+    wrapped, alias = python_blocks("docs/migration.md")[1].splitlines()
+    sizes, found = [], []
     for line in (wrapped, alias):
         exec(line, names)
-        ends.append(run(names["optimizer"], names["params"], lambda t, params: params, 20)[0])
-    jax.tree.map(np.testing.assert_array_equal, *ends)
-    exec(before, names)
-    plain, _ = run(names["optimizer"], names["params"], lambda t, params: params, 20)
-    assert not np.array_equal(plain["kernel"], ends[0]["kernel"])
+        params, opt_state = run(names["optimizer"], names["params"], lambda t, params: params, 20)
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim))
+        found.append(ends(params, opt_state))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert sizes == [24, 16]  # of 8 params: x, v and, in the first, m
+
+
+def test_the_first_block_of_the_migration_page_takes_the_place_of_adamw(names):
+    names |= PUBLIC | {"schedule": optax.linear_schedule(4e-3, 0.0, 1000)}
+    for line in python_blocks("docs/migration.md")[0].splitlines():
+        exec(line, names)
+        params, opt_state = run(names["optimizer"], names["params"], lambda t, params: params, 20)
+        assert np.isfinite(params["kernel"]).all()
+    assert isinstance(opt_state, gpa_optax.GPAState)
+
+
+def test_what_getting_started_says_of_injected_values(names):
+    """The function of what shall change keeps everything else as it is written."""
+    names |= PUBLIC | {"mu_x": averaging.uniform(), "mask": {"kernel": True, "bias": False}}
+    page = (ROOT / "docs/getting_started.md").read_text()
+    (block,) = re.findall(r"^  ```python\n(.*?)^  ```", page, re.DOTALL | re.MULTILINE)
+    exec(textwrap.dedent(block), names)
+    found, opt_state = run(names["optimizer"], names["params"], lambda t, params: params, 20)
+    assert set(opt_state.hyperparams) == {"learning_rate"}
+    expected, its_state = run(names["make"](1e-3), names["params"], lambda t, params: params, 20)
+    for ours, theirs in zip(ends(found, opt_state), ends(expected, its_state), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert sum(leaf.size for leaf in jax.tree.leaves(opt_state.inner_state) if leaf.ndim) == 16
+
+    # And the alias itself: an injected 0 keeps a first moment, a static one does not.
+    arguments = {"learning_rate": 1e-3, "mu_x": 0.9, "b1": 0.0, "mask": names["mask"]}
+    inject = optax.inject_hyperparams
+    for optimizer, size in (
+        (inject(gpa_optax.gpa_adamw)(**arguments), 24),
+        (inject(gpa_optax.gpa_adamw, static_args=("b1", "eps_root"))(**arguments), 16),
+    ):
+        state = optimizer.init(names["params"]).inner_state
+        assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == size
 
 
 def test_the_migration_page_gives_what_schedule_free_is(names):
-    names |= {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
-    run_blocks("docs/migration.md", names, 2)
+    names |= PUBLIC
+    *_, block = python_blocks("docs/migration.md")
+    exec(block, names)
     start = names["params"]
+    page = (ROOT / "docs/migration.md").read_text()
+    (brief,) = re.findall(r"`(anytime_adamw\(2\.5e-3.*?\))`", page)
+    params, its_state = run(eval(brief, names), start, lambda t, params: params, 600)
+    brief = ends(params, its_state)
     found, opt_state = run(names["optimizer"], start, lambda t, params: params, 600)
     theirs = optax.contrib.schedule_free_adamw(2.5e-3, warmup_steps=500)
     expected, their_state = run(theirs, start, lambda t, params: params, 600)
@@ -104,6 +165,8 @@ def test_the_migration_page_gives_what_schedule_free_is(names):
         gpa_optax.eval_params(opt_state, found),
         optax.contrib.schedule_free_eval_params(their_state, expected),
     )
+    for ours, written_out in zip(brief, ends(found, opt_state), strict=True):
+        np.testing.assert_allclose(ours, written_out, atol=1e-6)
     # Up to the one step by which Optax's weights are ahead.
     for ours, others in ((found, expected), (x, their_x)):
         moved = start["kernel"] - others["kernel"]

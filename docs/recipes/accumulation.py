@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpa_optax import averaging, eval_params, gpa_adamw
+from gpa_optax import annealed_adamw, eval_params
 
 
 def loss(params, batch):
@@ -28,8 +28,7 @@ def train(optimizer, batches):
 
 
 # Schedules, of the learning rate and of mu_x, count updates of 64 examples.
-schedule = optax.warmup_constant_schedule(0.0, 0.05, warmup_steps=10)
-optimizer = gpa_adamw(schedule, averaging.lr_weighted(schedule, 10), mu_y=0.9, b1=0.0)
+optimizer = annealed_adamw(0.1, steps=100, warmup_steps=20)
 
 inputs = np.random.default_rng(0).normal(size=(100, 64, 4)).astype(np.float32)
 targets = inputs.sum(axis=-1, keepdims=True)

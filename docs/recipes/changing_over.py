@@ -37,8 +37,8 @@ def train(optimizer, params, opt_state, steps):
 
 
 schedule = optax.warmup_constant_schedule(0.0, 1e-2, 100)
-base = optax.adamw(schedule, weight_decay=0.1)
-with_adamw = optax.chain(optax.clip_by_global_norm(1.0), base)
+adamw = optax.adamw(schedule, b2=0.95, weight_decay=0.1)
+with_adamw = optax.chain(optax.clip_by_global_norm(1.0), adamw)
 params, opt_state = train(with_adamw, params, with_adamw.init(params), range(300))
 
 
@@ -54,13 +54,15 @@ def into_gpa(optimizer, params, opt_state):
 
 
 # At mu_y = 0 the params are AdamW's: the next steps show that nothing of it was lost.
-beside = optax.chain(optax.clip_by_global_norm(1.0), gpa(base, averaging.uniform(), mu_y=0.0))
+beside = optax.chain(optax.clip_by_global_norm(1.0), gpa(adamw, averaging.uniform(), mu_y=0.0))
 same, _ = train(beside, params, into_gpa(beside, params, opt_state), range(300, 350))
 plain, _ = train(with_adamw, params, opt_state, range(300, 350))
 assert all(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), same, plain)))
 
-# In: the average begins here, at the present params, and the learning rate goes on.
-with_gpa = optax.chain(optax.clip_by_global_norm(1.0), gpa(base, averaging.uniform(), mu_y=0.7))
+# In: the average begins here, at the present params, and the learning rate goes on. mu_y is the
+# momentum, in place of b1, whose moment stands in the state all the same.
+base = optax.adamw(schedule, b1=0.0, b2=0.95, weight_decay=0.1)
+with_gpa = optax.chain(optax.clip_by_global_norm(1.0), gpa(base, averaging.uniform(), mu_y=0.9))
 opt_state = into_gpa(with_gpa, params, opt_state)
 params, opt_state = train(with_gpa, params, opt_state, range(300, 600))
 x = eval_params(opt_state, params)
@@ -69,9 +71,13 @@ at_x, at_y = loss(x, validation), loss(params, validation)
 print(f"validation loss: {at_x:.3f} at x, {at_y:.3f} at y")
 assert at_x < at_y
 
-# Out: AdamW goes on from x (or, from the params, at y) with the base's moments and step counts.
+# Out: AdamW goes on from x (or, from the params, at y) with the second moment and step counts. With
+# b1=0 the base kept the last gradient as its first moment: AdamW begins with none.
 clip_state, gpa_state = opt_state
-opt_state = clip_state, gpa_state.base_state
-params, opt_state = train(with_adamw, x, opt_state, range(600, 610))
+moments, *rest = gpa_state.base_state
+moments = moments._replace(mu=jax.tree.map(jnp.zeros_like, moments.mu))
+params, opt_state = train(with_adamw, x, (clip_state, (moments, *rest)), range(600, 610))
 assert opt_state[1][0].count == 610
-print(f"validation loss after 10 steps of AdamW from x: {loss(params, validation):.3f}")
+after = loss(params, validation)
+print(f"validation loss after 10 steps of AdamW from x: {after:.3f}")
+assert after < 1.1 * at_x

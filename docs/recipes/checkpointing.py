@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from gpa_optax import eval_params, gpa
+from gpa_optax import annealed_adamw, eval_params
 
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), gpa(optax.adamw(1e-2), mu_x=0.95))
+optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), annealed_adamw(2e-2, steps=50, warmup_steps=10)
+)
 
 
 def initial_state():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpa_optax import eval_params, gpa_adamw, iterates
+from gpa_optax import annealed_adamw, eval_params, iterates
 
 
 def features(body, inputs):
@@ -45,7 +45,7 @@ params = {
 
 # Pre-training, whose averaged weights are what is published.
 pretraining = (inputs, jnp.sin(inputs[:, :1] + inputs[:, 1:2]))
-params, opt_state = train(params, gpa_adamw(1e-2, mu_x=0.95), pretraining, 300)
+params, opt_state = train(params, annealed_adamw(2e-2, 300, 60), pretraining, 300)
 with tempfile.TemporaryDirectory() as folder:
     published = Path(folder, "body.npz")
     np.savez(published, **eval_params(opt_state, params)["body"])
@@ -56,7 +56,7 @@ task = (inputs, jnp.cos(inputs[:, :1] + inputs[:, 1:2]))
 params = {"body": body, "head": jnp.zeros((32, 1))}
 start = loss(params, task)
 head_only = optax.partition(
-    {"train": gpa_adamw(1e-2, mu_x=0.95), "freeze": optax.set_to_zero()},
+    {"train": annealed_adamw(2e-2, 200, 40), "freeze": optax.set_to_zero()},
     {"body": "freeze", "head": "train"},
 )
 params, opt_state = train(params, head_only, task, 200)
@@ -66,7 +66,7 @@ assert all(jnp.array_equal(params["body"][name], body[name]) for name in body)
 
 # Then all of it, with a lower learning rate. These params are not what the last optimizer left
 # behind, so the new one starts with init, where x = y = z = params.
-optimizer = gpa_adamw(1e-3, mu_x=0.95)
+optimizer = annealed_adamw(2e-3, 200, 40)
 for iterate in iterates(optimizer.init(params), params):
     assert all(map(jnp.array_equal, jax.tree.leaves(iterate), jax.tree.leaves(params)))
 params, opt_state = train(params, optimizer, task, 200)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpa_optax import eval_params, gpa, gpa_adamw
+from gpa_optax import averaging, eval_params, gpa
 
 params = {
     "body": jax.random.normal(jax.random.key(0), (8, 16)) / 3,
@@ -33,7 +33,10 @@ def train(optimizer, steps=200):
 
 
 frozen = {"body": True, "head": False}
-averaged = gpa_adamw(1e-2, mu_x=0.95, weight_decay=0.1)
+schedule = optax.warmup_constant_schedule(0.0, 2e-2, 40)
+base = optax.adamw(schedule, b1=0.0, b2=0.95, weight_decay=0.1)
+average = averaging.lr_weighted(schedule, 40)
+averaged = gpa(base, average, mu_y=0.9)
 ways = {
     # A frozen leaf has neither x nor moments.
     "partition": optax.partition(
@@ -42,9 +45,7 @@ ways = {
     # The same by a mask, which says what is frozen.
     "selective_transform": optax.selective_transform(averaged, freeze_mask=frozen),
     # At the end of the base, after its weight decay: the frozen leaf keeps its buffers.
-    "in the base": gpa(
-        optax.chain(optax.adamw(1e-2, weight_decay=0.1), optax.freeze(frozen)), mu_x=0.95
-    ),
+    "in the base": gpa(optax.chain(base, optax.freeze(frozen)), average, mu_y=0.9),
 }
 start, ends = loss(params), []
 for name, optimizer in ways.items():

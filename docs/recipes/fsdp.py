@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpa_optax import eval_params, gpa
+from gpa_optax import annealed_adamw, eval_params
 
 jax.config.update("jax_num_cpu_devices", 8)  # stands in for eight accelerators
 mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -36,7 +36,8 @@ def loss(params, batch):
     )
 
 
-optimizer = gpa(optax.adamw(1e-2), mu_x=0.95)
+steps = 50
+optimizer = annealed_adamw(2e-2, steps, warmup_steps=steps // 5)
 
 # Made where they belong: no device ever holds all of it. The state's leaves have the shapes of
 # their params, and so the same rule places x and the moments.
@@ -58,7 +59,7 @@ def train_step(params, opt_state, batch):
 inputs = jax.random.normal(jax.random.key(1), (512, 16))
 batch = jax.device_put((inputs, jnp.sin(inputs[:, :4])), NamedSharding(mesh, PartitionSpec("fsdp")))
 losses = []
-for _ in range(50):
+for _ in range(steps):
     params, opt_state, value = train_step(params, opt_state, batch)
     losses.append(float(value))  # waits for the step: a CPU must not run several at once
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpa_optax import eval_params, gpa_adamw
+from gpa_optax import annealed_adamw, eval_params
 
 model = {
     "kernel": jax.random.normal(jax.random.key(0), (4, 1)),
@@ -41,7 +41,8 @@ def loss(params, rest, batch):
 inputs = jax.random.normal(jax.random.key(2), (256, 4))
 batch = inputs, inputs.sum(axis=1, keepdims=True)
 params, rest = split(model)
-optimizer = gpa_adamw(1e-2, mu_x=0.95)
+steps = 300
+optimizer = annealed_adamw(2e-2, steps, warmup_steps=steps // 5)
 opt_state = optimizer.init(params)
 
 
@@ -52,7 +53,7 @@ def train_step(params, opt_state):
 
 
 start = loss(params, rest, batch)
-for _ in range(300):
+for _ in range(steps):
     params, opt_state = train_step(params, opt_state)
 
 x = eval_params(opt_state, params)

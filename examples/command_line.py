@@ -84,6 +84,12 @@ def peek(arguments: Sequence[str], flag: str, default: str) -> str:
     return default
 
 
+def given(arguments: Sequence[str]) -> set[str]:
+    """The flags among the arguments; a value of a flag never begins with two hyphens."""
+    names = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {name.replace("_", "-") for name in names}  # tyro takes both
+
+
 def keep_memory() -> None:
     """Has the memory of a step kept for the next one.
 

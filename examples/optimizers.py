@@ -2,7 +2,7 @@
 the one answer to the question: which weights do I evaluate?"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of an optimizer; those that an optimizer does not have are without effect."""
+    """Settings of an optimizer. `without_effect` tells which of them it does not have."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -89,8 +89,8 @@ class Settings:
             )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag(name: str, prefix: str = "--") -> str:
+    return prefix + name.replace("_", "-")
 
 
 def split(name: Name) -> tuple[str, Base]:
@@ -102,6 +102,61 @@ def split(name: Name) -> tuple[str, Base]:
 def label(name: Name) -> str:
     method, base = split(name)
     return "-".join(filter(None, (METHODS.get(method), LABELS[base])))
+
+
+def without_effect(
+    name: Name, settings: Settings, prefix: str = "--"
+) -> dict[str, tuple[str, str]]:
+    """The settings that change nothing in this optimizer: for each the choice that makes it so, and
+    the one with which it would matter. The flags of the settings begin with `prefix`."""
+    method, base = split(name)
+    average, schedule = (f"{prefix}{flag} " for flag in ("average", "schedule"))
+    windows = ("annealed", "warmed-up", "constant")
+    rules = [
+        ("decay", settings.schedule == "wsd", schedule + settings.schedule, schedule + "wsd"),
+        (
+            "final", settings.schedule != "constant",
+            schedule + settings.schedule, schedule + "cosine, linear or wsd",
+        ),
+        ("b2", base != "sgd", name, "an optimizer around adamw, muon or lion"),
+        ("mu_y", method in ("gpa", "schedule-free"), name, f"gpa-{base} or schedule-free-{base}"),
+        ("mu_y_warmup base_params", method == "gpa", name, f"gpa-{base}"),
+        ("average mu_x window power", method in ("gpa", "ema"), name, f"gpa-{base} or ema-{base}"),
+        (
+            "mu_x window", settings.average in windows,
+            average + settings.average, average + "annealed, warmed-up or constant",
+        ),
+        ("window", settings.mu_x is None, f"{prefix}mu-x {settings.mu_x}", f"no {prefix}mu-x"),
+        (
+            "power", settings.average == "polynomial",
+            average + settings.average, average + "polynomial",
+        ),
+        (
+            "sync_period outer_learning_rate outer_momentum", method == "diloco",
+            name, f"diloco-{base}",
+        ),
+    ]  # fmt: skip
+    found: dict[str, tuple[str, str]] = {}
+    for fields, matter, choice, other in rules:
+        for field in () if matter else fields.split():
+            found.setdefault(field, (choice, other))
+    return found
+
+
+def check_effect(
+    name: Name, settings: Settings, given: Collection[str], prefix: str = "--"
+) -> None:
+    """Checks that of the flags that were given, such as --mu-x, none is without effect.
+
+    Raises:
+      ValueError: if one is, whatever its value.
+    """
+    for field, (choice, other) in without_effect(name, settings, prefix).items():
+        if flag(field, prefix) in given:
+            raise ValueError(
+                f"{flag(field, prefix)} {getattr(settings, field)} has no effect with {choice}: "
+                f"leave it out, or give it with {other}."
+            )
 
 
 # Against AdamW's learning rate: Lion's authors recommend 3 to 10 times less (arXiv 2302.06675) with
@@ -136,6 +191,11 @@ def default_settings(
     elif small:
         values = {"schedule": "linear", **values}
     return Settings(**values)
+
+
+def averages(name: Name) -> bool:
+    """Whether it is evaluated at other weights than the params."""
+    return split(name)[0] != ""
 
 
 def holds_master_copy(name: Name) -> bool:

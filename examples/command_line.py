@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from examples import peers
+from examples.optimizers import Settings, flag, in_updates, without_effect
 from examples.reporting import read_json
 
 # Flags that change nothing in what a run computes: a run may go on with other values of these.
@@ -82,6 +83,12 @@ def peek(arguments: Sequence[str], flag: str, default: str) -> str:
         if name == flag:  # the last one counts
             default = value or (*arguments, default)[index + 1]
     return default
+
+
+def given(arguments: Sequence[str]) -> set[str]:
+    """The flags among the arguments; a value of a flag never begins with two hyphens."""
+    names = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return {name.replace("_", "-") for name in names}  # tyro takes both
 
 
 def keep_memory() -> None:
@@ -144,24 +151,53 @@ def free_name(path: Path) -> Path:
 
 
 def check_run(config: Any) -> None:
-    """Checks that the configuration is the one that its run folder was begun with, if it was.
+    """Checks that the run folder, if there is one, was begun with this configuration: but for
+    --steps, of which there may be more if nothing else in the run depends on their number.
 
     Raises:
-      ValueError: if the folder holds a run with other flags.
+      ValueError: if the folder holds a run with other flags, or one that cannot be made longer.
     """
     path = config.run / "config.json"
     if not path.exists():
         return
-    before, now = (decisive(tree) for tree in (read_json(path)["config"], to_json(config)))
+    stored, given = read_json(path)["config"], to_json(config)
+    before, now = lasting(stored), lasting(given)
+    same = "give the same flags to go on with it, another --run, or --no-resume to rename it and "
+    same += "start anew."
+    begun = f"{config.run} holds a run that was begun with"
+    old, new = before.pop("steps", None), now.pop("steps")
+    if old != new and now["settings.schedule"] == before.get("settings.schedule") != "constant":
+        raise ValueError(
+            f"{begun} --steps {old}, not {new}, and its --schedule {now['settings.schedule']} "
+            f"depends on their number; {same}"
+        )
     for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if old != new:
-            flag = "--" + name.removeprefix("settings.").replace("_", "-")
+        was, would_be = before.get(name), now.get(name)
+        if was == would_be:
+            continue
+        field = name.removeprefix("settings.")
+        by_length = {"warmup": "warmup", "mu_y_warmup": "mu_y_warmup", "mu_x": "window"}
+        part = given["settings"].get(by_length.get(field))
+        if old != new and part is not None and part == stored["settings"][by_length[field]]:
+            number = int(was) if was == int(was) else was
             raise ValueError(
-                f"{config.run} holds a run that was begun with {flag} {old}, not {new}; give the "
-                "same flags to go on with it, another --run, or --no-resume to rename it and start "
-                "anew."
+                f"{begun} --steps {old}, of which {flag(by_length[field])} {part:g} is a part: to "
+                f"make it longer with the same schedule, give {flag(field)} {number}."
             )
+        raise ValueError(f"{begun} {flag(field)} {was}, not {would_be}; {same}")
+    if old is None or new < old:
+        raise ValueError(f"{begun} --steps {old}, and cannot be made shorter, got {new}; {same}")
+
+
+def lasting(stored: dict[str, Any]) -> dict[str, Any]:
+    """The flags on which each step of a run depends, so that equal ones make equal steps whatever
+    --steps is."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in stored["settings"].items() if k in known})
+    settings = in_updates(settings, stored["steps"])
+    unused = without_effect(stored["optimizer"], settings)
+    used = {k: v for k, v in dataclasses.asdict(settings).items() if k not in unused}
+    return decisive({**stored, "settings": used})
 
 
 def decisive(stored: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from examples.command_line import (
     begin_anew,
     check_run,
     decisive,
+    given,
     parse,
     peek,
     run_command,
@@ -147,6 +148,13 @@ def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     config = parse(kind, f"python -m examples.compare {workload}", default, arguments)
     if not config.optimizers or len(set(config.optimizers)) < len(config.optimizers):
         raise ValueError("--optimizers must name one or more different optimizers.")
+    for name, settings in config.settings.items():
+        optimizers.check_effect(name, settings, given(arguments), prefix=f"--{name}.")
+    if "--evaluate-y" in given(arguments) and not any(map(optimizers.averages, config.optimizers)):
+        raise ValueError(
+            "--evaluate-y has no effect without an optimizer that averages: leave it out, or name "
+            "one in --optimizers."
+        )
     if config.out is None:
         flags = decisive(to_json(config)) | {
             "evaluations": [config.evaluate_every, config.evaluate_y]

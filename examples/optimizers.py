@@ -2,7 +2,7 @@
 the one answer to the question: which weights do I evaluate?"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of an optimizer; those that an optimizer does not have are without effect."""
+    """Settings of an optimizer. `without_effect` tells which of them it does not have."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -39,7 +39,8 @@ class Settings:
     """After the warmup: a cosine or a line down, constant and then a line down (warmup, stable,
     decay), or constant."""
     warmup: float = 0.05
-    """Part of the run in which the learning rate grows from 0 to its peak."""
+    """Part of the run in which the learning rate grows from 0 to its peak, such as 0.05; or, from 1
+    on, the number of updates, such as 500."""
     decay: float = 0.2
     """Part of the run in which wsd decays."""
     final: float = 0.0
@@ -55,7 +56,7 @@ class Settings:
     mu_y: float = 0.9
     """GPA: how far gradients are taken from z towards x. Schedule-Free calls it beta."""
     mu_y_warmup: float = 0.0
-    """GPA: part of the run in which mu_y grows from 0."""
+    """GPA: part of the run in which mu_y grows from 0; or, from 1 on, the number of updates."""
     mu_x: float | None = None
     """GPA, EMA: decay of the average. Default: that of the window."""
     window: float = 0.05
@@ -79,18 +80,25 @@ class Settings:
         for name in ("learning_rate", "clip", "window"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{flag(name)} must be positive, got {getattr(self, name)}.")
-        for name in ("warmup", "final", "b1", "b2", "mu_y", "mu_y_warmup"):
+        for name in ("final", "b1", "b2", "mu_y"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1), got {getattr(self, name)}.")
-        if self.schedule == "wsd" and not 0 < self.decay <= 1 - self.warmup:
+        for name in ("warmup", "mu_y_warmup"):
+            value = getattr(self, name)
+            if not (0 <= value < 1 or (value >= 1 and value == round(value))):
+                raise ValueError(
+                    f"{flag(name)} must be a part of the run in [0, 1) or a whole number of "
+                    f"updates, got {value}."
+                )
+        if self.schedule == "wsd" and not 0 < self.decay <= 1 - self.warmup % 1:
             raise ValueError(
                 f"--decay must be positive and leave room for --warmup {self.warmup}, got "
                 f"{self.decay}."
             )
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag(name: str, prefix: str = "--") -> str:
+    return prefix + name.replace("_", "-")
 
 
 def split(name: Name) -> tuple[str, Base]:
@@ -102,6 +110,61 @@ def split(name: Name) -> tuple[str, Base]:
 def label(name: Name) -> str:
     method, base = split(name)
     return "-".join(filter(None, (METHODS.get(method), LABELS[base])))
+
+
+def without_effect(
+    name: Name, settings: Settings, prefix: str = "--"
+) -> dict[str, tuple[str, str]]:
+    """The settings that change nothing in this optimizer: for each the choice that makes it so, and
+    the one with which it would matter. The flags of the settings begin with `prefix`."""
+    method, base = split(name)
+    average, schedule = (f"{prefix}{flag} " for flag in ("average", "schedule"))
+    windows = ("annealed", "warmed-up", "constant")
+    rules = [
+        ("decay", settings.schedule == "wsd", schedule + settings.schedule, schedule + "wsd"),
+        (
+            "final", settings.schedule != "constant",
+            schedule + settings.schedule, schedule + "cosine, linear or wsd",
+        ),
+        ("b2", base != "sgd", name, "an optimizer around adamw, muon or lion"),
+        ("mu_y", method in ("gpa", "schedule-free"), name, f"gpa-{base} or schedule-free-{base}"),
+        ("mu_y_warmup base_params", method == "gpa", name, f"gpa-{base}"),
+        ("average mu_x window power", method in ("gpa", "ema"), name, f"gpa-{base} or ema-{base}"),
+        (
+            "mu_x window", settings.average in windows,
+            average + settings.average, average + "annealed, warmed-up or constant",
+        ),
+        ("window", settings.mu_x is None, f"{prefix}mu-x {settings.mu_x}", f"no {prefix}mu-x"),
+        (
+            "power", settings.average == "polynomial",
+            average + settings.average, average + "polynomial",
+        ),
+        (
+            "sync_period outer_learning_rate outer_momentum", method == "diloco",
+            name, f"diloco-{base}",
+        ),
+    ]  # fmt: skip
+    found: dict[str, tuple[str, str]] = {}
+    for fields, matter, choice, other in rules:
+        for field in () if matter else fields.split():
+            found.setdefault(field, (choice, other))
+    return found
+
+
+def check_effect(
+    name: Name, settings: Settings, given: Collection[str], prefix: str = "--"
+) -> None:
+    """Checks that of the flags that were given, such as --mu-x, none is without effect.
+
+    Raises:
+      ValueError: if one is, whatever its value.
+    """
+    for field, (choice, other) in without_effect(name, settings, prefix).items():
+        if flag(field, prefix) in given:
+            raise ValueError(
+                f"{flag(field, prefix)} {getattr(settings, field)} has no effect with {choice}: "
+                f"leave it out, or give it with {other}."
+            )
 
 
 # Against AdamW's learning rate: Lion's authors recommend 3 to 10 times less (arXiv 2302.06675) with
@@ -138,21 +201,45 @@ def default_settings(
     return Settings(**values)
 
 
+def averages(name: Name) -> bool:
+    """Whether it is evaluated at other weights than the params."""
+    return split(name)[0] != ""
+
+
 def holds_master_copy(name: Name) -> bool:
     """Whether bfloat16 params lose no small steps, because the state holds them in float32."""
     return split(name)[0] in ("gpa", "ema")
 
 
+def in_updates(settings: Settings, steps: int) -> Settings:
+    """The same settings for a run of `steps` updates, with the parts of the run as numbers of
+    updates and the window as the mu_x that has it: what stays when the run is made longer."""
+
+    def number(part: float) -> float:
+        return part if part >= 1 else float(round(part * steps))
+
+    mu_x = settings.mu_x
+    if mu_x is None:
+        mu_x = averaging.from_horizon(max(1.0, settings.window * steps))
+    return dataclasses.replace(
+        settings,
+        warmup=number(settings.warmup),
+        mu_y_warmup=number(settings.mu_y_warmup),
+        mu_x=mu_x,
+    )
+
+
 def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
     """The named optimizer for a run of so many updates, behind gradient clipping."""
     method, base = split(name)
+    settings = in_updates(settings, steps)
     learning_rate = schedule(settings, steps)
     optimizer = base_optimizer(base, learning_rate, settings)
     evaluated = eval_params
     if method in ("gpa", "ema"):
         mu_y = settings.mu_y if method == "gpa" else 0.0
         if settings.mu_y_warmup > 0:
-            mu_y = optax.linear_schedule(0.0, mu_y, round(settings.mu_y_warmup * steps))
+            mu_y = optax.linear_schedule(0.0, mu_y, int(settings.mu_y_warmup))
         mu_x = average(settings, learning_rate, steps)
         optimizer = gpa(optimizer, mu_x, mu_y, base_params=settings.base_params)
     elif method == "schedule-free":
@@ -208,8 +295,15 @@ def base_optimizer(
 def schedule(settings: Settings, steps: int) -> optax.Schedule:
     """The learning rate as a function of the updates made."""
     peak, final = settings.learning_rate, settings.final * settings.learning_rate
-    warmup = round(settings.warmup * steps)
-    rest, decay = max(1, steps - warmup), max(1, round(settings.decay * steps))
+    warmup = int(in_updates(settings, steps).warmup)
+    rest = max(1, steps - warmup)
+    decay = round(settings.decay * steps)
+    if warmup > steps or (settings.schedule == "wsd" and decay > rest + 1):  # 1 is of rounding
+        raise ValueError(
+            f"--warmup {warmup} must leave room in the {steps} updates of --steps"
+            + (f", also for --decay {settings.decay}." if warmup <= steps else ".")
+        )
+    decay = min(max(1, decay), rest)
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, settings.final),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
@@ -225,15 +319,14 @@ def average(
     settings: Settings, learning_rate: optax.Schedule, steps: int
 ) -> float | averaging.AveragingSchedule:
     """mu_x, as a constant or a schedule."""
-    mu_x = settings.mu_x
-    if mu_x is None:
-        mu_x = averaging.from_horizon(max(1.0, settings.window * steps))
+    settings = in_updates(settings, steps)
+    mu_x, warmup = settings.mu_x, int(settings.warmup)
     return {
         "annealed": lambda: averaging.annealed(mu_x, learning_rate, settings.learning_rate),
         "warmed-up": lambda: averaging.warmed_up(mu_x),
         "constant": lambda: mu_x,
         "polynomial": lambda: averaging.polynomial(settings.power),
-        "lr-weighted": lambda: averaging.lr_weighted(learning_rate, round(settings.warmup * steps)),
+        "lr-weighted": lambda: averaging.lr_weighted(learning_rate, warmup),
     }[settings.average]()
 
 

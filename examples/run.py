@@ -9,7 +9,7 @@ import jax
 from rich.console import Console
 
 from examples import optimizers, reporting
-from examples.command_line import begin_anew, check_run, parse, peek, to_store
+from examples.command_line import begin_anew, check_run, given, parse, peek, to_store
 from examples.reporting import History, Report, read_json
 from examples.training import Data, End, OneRun, train
 
@@ -49,6 +49,12 @@ def parse_run(kind: type, program: str, arguments: Sequence[str]) -> OneRun:
             **kind.preset_values(preset),
         )
     config = parse(kind, program, default, arguments)
+    optimizers.check_effect(config.optimizer, config.settings, given(arguments))
+    if config.evaluate_y and not optimizers.averages(config.optimizer):
+        raise ValueError(
+            f"--evaluate-y has no effect with {config.optimizer}, whose params are all there is to "
+            "evaluate: leave it out."
+        )
     if config.run is None:
         folder = Path("runs", f"{config.workload}-{config.preset}-{config.optimizer}")
         config = dataclasses.replace(config, run=folder)

@@ -38,7 +38,7 @@ from examples.command_line import begin_anew, from_json, to_json
 from examples.llama.data import TextData
 from examples.llama.train import TrainLlama
 from examples.optimizers import Settings
-from examples.reporting import History, Report
+from examples.reporting import History, Report, read_json, records
 from examples.vit.train import TrainViT
 from gpa_optax import iterates
 
@@ -173,6 +173,67 @@ def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
     train(dataclasses.replace(config, settings=faster, keep=5, log_every=3))
 
 
+LASTING = {"schedule": "constant", "warmup": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "longer"),
+    [
+        ("gpa-adamw", {"warmup": 0.3, "average": "lr-weighted"}, {"warmup": 4.0}),
+        (
+            "gpa-adamw",
+            {"average": "warmed-up", "window": 0.25, "mu_y_warmup": 5.0},
+            {"mu_x": 1 - 1 / 3},
+        ),
+        ("schedule-free-adamw", {}, {}),
+        ("diloco-sgd", {"sync_period": 5}, {}),
+    ],
+)
+def test_a_run_made_longer_is_the_long_run_bit_for_bit(tmp_path, optimizer, settings, longer):
+    short = llama(tmp_path, optimizer=optimizer, settings=LASTING | settings)
+    long = llama(
+        tmp_path, optimizer=optimizer, settings=LASTING | settings | longer, steps=24,
+        run=tmp_path / "long",
+    )  # fmt: skip
+    train(short)
+    assert "goes on from step 12." in train(dataclasses.replace(long, run=short.run))
+    train(long)
+    assert_same(saved(long, 24), saved(dataclasses.replace(long, run=short.run), 24))
+    timed = ("seconds_per_step", "input_seconds_per_step", "tokens_per_second")
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in timed}
+            for line in records(run / "metrics.jsonl")
+        ]
+        for run in (short.run, long.run)
+    ]
+    assert [line for line in lines[0] if "size" not in line] == lines[1][1:]
+    assert read_json(short.run / "config.json")["config"]["steps"] == 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "says"),
+    [
+        ({"schedule": "linear"}, 24, "--steps 12, not 24, and its --schedule linear depends on"),
+        ({"schedule": "wsd"}, 24, "--steps 12, not 24, and its --schedule wsd depends on"),
+        ({"warmup": 0.3}, 24, "--steps 12, of which --warmup 0.3 is a part: to make it longer with "
+         "the same schedule, give --warmup 4."),
+        ({"average": "constant", "window": 0.25}, 24, "of which --window 0.25 is a part: to make "
+         "it longer with the same schedule, give --mu-x 0.66"),
+        ({"mu_y_warmup": 0.5}, 24, "of which --mu-y-warmup 0.5 is a part: .*give --mu-y-warmup 6"),
+        ({}, 6, "--steps 12, and cannot be made shorter, got 6; give the same flags"),
+    ],
+)  # fmt: skip
+def test_a_run_whose_schedule_depends_on_its_length_is_not_made_longer(
+    tmp_path, settings, steps, says
+):
+    config = llama(tmp_path, settings=LASTING | settings)
+    train(config)
+    with pytest.raises(ValueError, match=says):
+        train(dataclasses.replace(config, steps=steps))
+    assert read_json(config.run / "config.json")["config"]["steps"] == 12
+
+
 def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path):
     whole, parts = (llama(tmp_path, accumulate=n) for n in (1, 4))
     (one, state, batch), (four, same, batches) = built(whole), built(parts)
@@ -302,8 +363,9 @@ def test_a_stored_configuration_is_read_back(config):
         ("wsd", {0: 0.0, 10: 1.0, 80: 1.0, 90: 0.5, 100: 0.0}),
     ],
 )
-def test_schedules(schedule, numbers):
-    settings = Settings(1.0, schedule=schedule, warmup=0.1, decay=0.2)
+@pytest.mark.parametrize("warmup", [0.1, 10.0])
+def test_schedules(schedule, numbers, warmup):
+    settings = Settings(1.0, schedule=schedule, warmup=warmup, decay=0.2)
     learning_rate = optimizers.schedule(settings, 100)
     for step, value in numbers.items():
         assert float(learning_rate(step)) == pytest.approx(value, abs=1e-6), step

@@ -11,6 +11,7 @@ optax schedule that also knows its weight.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,11 @@ def _uniform_weight(count: jax.typing.ArrayLike) -> jax.Array:
     return 1 / (_as_float(count) + 1)
 
 
+def _numpy_of(value: Any) -> Any:
+    """NumPy, with float64, where the values are known, and jax.numpy where they are traced."""
+    return jnp if is_traced(value) else np
+
+
 def _as_float(count: jax.typing.ArrayLike) -> jax.Array:
     return jnp.asarray(count, float)
 
@@ -181,15 +187,16 @@ def polynomial(power: float) -> AveragingSchedule:
     check_at_least("power", power, 0, remedy)
     if power > 1000:
         raise ValueError(f"power must be at most 1000, got {power!r}. {remedy}")
-    exact = max(
-        16, 4 * math.ceil(power)
-    )  # the formula's error is of order (power / exact)^5 / 30000
-    n = np.arange(1, exact + 1, dtype=np.float64)
-    inverse_weights = np.empty(exact)  # sum of (k / n)^p, over k from 1 to n
-    total = 0.0
-    for i in range(exact):
-        total = total * (i / (i + 1)) ** power + 1
-        inverse_weights[i] = total
+    return _continued(np.ones(1), power)
+
+
+def _continued(table: Any, power: float) -> AveragingSchedule:
+    """The weights of a table first; from then on iterates weigh as (t + 1)^power.
+
+    A weight is 1 over the sum of (k / n)^power that ends with its own iterate, n. The table is
+    prolonged until the Euler-Maclaurin formula for that sum is exact to float32: its error is of
+    order (power / n)^5 / 30000.
+    """
 
     def euler_maclaurin(n):
         return (
@@ -199,14 +206,19 @@ def polynomial(power: float) -> AveragingSchedule:
             - power * (power - 1) * (power - 2) / 720 / n**3
         )
 
-    remainder = float(inverse_weights[-1] - euler_maclaurin(n[-1]))
-    table = 1 / inverse_weights
+    inverse, more = 1 / table[-1], []
+    for n in range(len(table), max(16, 4 * math.ceil(power))):
+        inverse = inverse * (n / (n + 1)) ** power + 1
+        more.append(1 / inverse)
+    table = _numpy_of(inverse).concatenate([table, _numpy_of(inverse).asarray(more, table.dtype)])
+    last = len(table)
+    remainder = inverse - euler_maclaurin(last)
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
         n = _as_float(count) + 1
-        late = 1 / (euler_maclaurin(n) + remainder * (exact / n) ** power)
-        early = jnp.asarray(table, n.dtype)[jnp.clip(count, 0, exact - 1)]
-        return jnp.where(n <= exact, early, late)
+        late = 1 / (euler_maclaurin(n) + remainder * (last / n) ** power)
+        early = jnp.asarray(table, n.dtype)[jnp.clip(count, 0, last - 1)]
+        return jnp.where(n <= last, early, late)
 
     return AveragingSchedule(weight)
 
@@ -278,26 +290,36 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
 
 
 def lr_weighted(
-    learning_rate: optax.ScalarOrSchedule, warmup_steps: int, power: float = 2
+    learning_rate: optax.ScalarOrSchedule,
+    warmup_steps: int,
+    power: float = 2,
+    *,
+    step_power: float = 0,
+    start: int = 0,
 ) -> AveragingSchedule:
     r"""Schedule-Free's average under warmup: iterates weigh as their learning rate.
 
     .. math::
 
-      w_t = \left(\max_{s \le t} \eta(s)\right)^p, \qquad
-      \mu_x(t) = 1 - \frac{w_t}{w_0 + \dots + w_t}
+      w_t = (t + 1)^r \left(\max_{s \le t} \eta(s)\right)^p, \qquad
+      \mu_x(t) = 1 - \frac{w_t}{w_c + \dots + w_t} \quad (t \ge c)
 
     The learning rate is read for the first ``warmup_steps`` + 1 steps, when the schedule is made;
     afterwards the largest of these values counts, so the schedule stays a function of the count.
+
+    ScheduleFree+ has :math:`r` of 0 or 2, and starts the average once or twice the warmup later.
 
     Args:
       learning_rate: the schedule that the base optimizer uses (or its constant value). Its scale
         does not matter. It may depend on traced values, such as a peak that `jax.vmap` maps over.
       warmup_steps: the number of steps in which it grows, from 0 to 10 million.
       power: the exponent :math:`p`, at least 0. 2 is Schedule-Free's; 0 is a uniform average.
+      step_power: the exponent :math:`r`, from 0 to 1000: how much more late iterates weigh.
+      start: the step :math:`c` with which the average starts, from 0 to 10 million. Before it
+        :math:`\mu_x` is 0, and so x = y = z.
 
     Raises:
-      TypeError: if ``warmup_steps`` or ``power`` is traced: they decide the size of a table.
+      TypeError: if an argument other than ``learning_rate`` is traced: a table is computed from it.
       ValueError: if an argument is out of its range, or if the learning rate is negative, not
         finite or always 0 during the warmup.
 
@@ -308,44 +330,51 @@ def lr_weighted(
       >>> mu_x = averaging.lr_weighted(learning_rate, warmup_steps=4)
       >>> print([round(float(mu_x(t)), 3) for t in range(7)])
       [0.0, 0.0, 0.2, 0.357, 0.467, 0.652, 0.742]
+      >>> late = averaging.lr_weighted(learning_rate, warmup_steps=4, step_power=2, start=4)
+      >>> print([round(float(late(t)), 3) for t in range(7)])
+      [0.0, 0.0, 0.0, 0.0, 0.0, 0.41, 0.555]
 
     References:
       Defazio et al., `The Road Less Scheduled <https://arxiv.org/abs/2405.15682>`_, 2024
+
+      `ScheduleFree+ <https://arxiv.org/abs/2605.19095>`_, 2026
     """
     remedy = "Give the schedule of the base optimizer, or its constant learning rate."
-    for name, value in (("warmup_steps", warmup_steps), ("power", power)):
+    numbers = {
+        "warmup_steps": (warmup_steps, "Give the steps of warmup, or 0."),
+        "power": (power, "Give 2 for Schedule-Free, 0 for a uniform average."),
+        "step_power": (step_power, "Give 0, or 2 for ScheduleFree+ at long runs."),
+        "start": (start, "Give the step at which the average starts, or 0."),
+    }
+    for name, (value, what) in numbers.items():
+        steps = name in ("warmup_steps", "start")
         check_concrete(name, value, "Give a number that does not depend on traced values.")
+        check_at_least(name, value, 0, what, whole=steps)
+        if (steps and value > 10_000_000) or (name == "step_power" and value > 1000):
+            most = "10,000,000" if steps else "1000"  # a table has as many entries
+            raise ValueError(f"{name} must be at most {most}, got {value!r}. {what}")
     if callable(learning_rate):
         check_learning_rate("learning_rate", learning_rate)
     elif not is_traced(learning_rate):
         check_number("learning_rate", learning_rate, remedy)
-    steps = "Give the steps of warmup, or 0."
-    check_at_least("warmup_steps", warmup_steps, 0, steps, whole=True)
-    if warmup_steps > 10_000_000:  # the table has as many entries
-        raise ValueError(f"warmup_steps must be at most 10,000,000, got {warmup_steps!r}. {steps}")
-    check_at_least("power", power, 0, "Give 2 for Schedule-Free, 0 for a uniform average.")
-    warmup_steps = int(warmup_steps)
 
     # The table is made of numbers also where this is called under a trace.
     with jax.ensure_compile_time_eval():
-        counts = jnp.arange(warmup_steps + 1)
+        counts = jnp.arange(int(warmup_steps) + 1)
         rates = jax.vmap(learning_rate)(counts) if callable(learning_rate) else learning_rate
-    traced = is_traced(rates)  # a peak that jit or vmap traces; it has no values to check
-    xp = jnp if traced else np
+    traced = is_traced(rates)  # such a rate has no values to check
+    xp = _numpy_of(rates)
     rates = xp.broadcast_to(xp.asarray(rates, float), counts.shape)
     if not traced and not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
         raise ValueError(
             "learning_rate must be finite, at least 0 and not always 0 in the first "
             f"{warmup_steps} + 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
         )
-    weights = (xp.maximum.accumulate(rates) / rates.max()) ** power
+    n = np.arange(1, max(int(warmup_steps), int(start)) + 2, dtype=np.float64)
+    largest = xp.maximum.accumulate(rates)[np.minimum(n, len(counts)).astype(int) - 1]
+    weights = (largest / largest[-1]) ** power * (n / n[-1]) ** step_power * (n > start)
     totals = xp.cumsum(weights)
-    # Before the first positive rate nothing moves: any mu_x will do, and 0 is in range.
-    table = xp.where(totals > 0, weights / xp.where(totals > 0, totals, 1), 1)
-
-    def weight(count: jax.typing.ArrayLike) -> jax.Array:
-        late = 1 / (totals[-1] + (_as_float(count) - warmup_steps))
-        early = jnp.asarray(table, late.dtype)[jnp.clip(count, 0, warmup_steps)]
-        return jnp.where(jnp.asarray(count) <= warmup_steps, early, late)
-
-    return AveragingSchedule(weight)
+    # Before the first positive weight nothing is averaged: x follows z.
+    return _continued(
+        xp.where(totals > 0, weights / xp.where(totals > 0, totals, 1), 1), step_power
+    )

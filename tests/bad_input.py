@@ -131,6 +131,12 @@ CASES = [
     ),
     Case("averaging.lr_weighted(COSINE, -1)", ValueError, ["warmup_steps", "-1"]),
     Case("averaging.lr_weighted(COSINE, 2.5)", ValueError, ["warmup_steps", "2.5", "whole"]),
+    Case("averaging.lr_weighted(COSINE, 5, start=-1)", ValueError, ["start", "-1", "at least 0"]),
+    Case(
+        "averaging.lr_weighted(COSINE, 5, step_power=1e4)",
+        ValueError,
+        ["step_power", "10000.0", "1000"],
+    ),
     Case("averaging.lr_weighted(COSINE, 5, -2)", ValueError, ["power", "-2", "2"]),
     Case(
         "averaging.lr_weighted(0.0, 5)", ValueError, ["learning_rate", "0.0", "first 5 + 1 steps"]

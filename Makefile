@@ -37,6 +37,7 @@ bench: $(VENV)/bench
 	$(BIN)/python -m benchmarks.update_cost --quick
 	$(BIN)/python -m benchmarks.compiled_cost --quick
 	$(BIN)/python -m benchmarks.train_step --quick
+	$(BIN)/python -m benchmarks.accelerator --quick
 	$(BIN)/python -m benchmarks.report --check
 
 docs: $(VENV)/docs
@@ -75,7 +76,8 @@ plans:
 	version=$$($(VENV)-plans/bin/python -c 'import jax; print(jax.__version__)') && \
 		$(VENV)-plans/bin/python -m pip install --quiet --no-deps \
 		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
-	$(VENV)-plans/bin/python -m pytest tests/test_planning.py tests/test_costs.py $(ARGS)
+	$(VENV)-plans/bin/python -m pytest tests/test_planning.py tests/test_costs.py \
+		tests/test_accelerator.py::TestOnAnH100 $(ARGS)
 
 test-oldest:
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest

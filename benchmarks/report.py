@@ -3,9 +3,10 @@
 python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
-Tables stand between two comments in README.md, benchmarks/README.md and docs/tested.md; that of bad
-input and its errors is made by running the tests' list of it. A figure carries a digest
-of its numbers and of the code that draws it, by which it is known to be up to date.
+Tables stand between two comments in README.md, benchmarks/README.md, docs/accelerator.md and
+docs/tested.md; that of bad input and its errors is made by running the tests' list of it. A figure
+carries a digest of its numbers and of the code that draws it, by which it is known to be up to
+date.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from benchmarks import convex, ingredients, long_runs, steps_to_target, transfer
+from benchmarks.accelerator import tables as accelerator_tables
 from benchmarks.runs import Store, settled
 from benchmarks.statistics import (
     against_itself,
@@ -43,7 +45,12 @@ from tests import bad_input
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tested.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "accelerator.md",
+    ROOT / "docs" / "tested.md",
+)
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TITLES = {
     "text": "Llama, text",
@@ -64,9 +71,11 @@ matplotlib.rcParams |= {"axes.spines.right": False, "legend.frameon": False}
 MISSING = "Not all runs are there yet.\n"
 
 
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(
+    headings: Sequence[str], lines: Sequence[Sequence[str]], missing: str = MISSING
+) -> str:
     if not lines:
-        return MISSING
+        return missing
     rows = [headings, ["---"] * len(headings), *lines]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
@@ -526,6 +535,10 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     found["convex"] = lambda: convex.table(results("convex"))
     found["long-runs"] = lambda: markdown(*long_runs.table(results("long_runs")))
     found["errors"] = errors_table
+    for name, table in accelerator_tables.TABLES.items():
+        found[name] = lambda table=table: markdown(
+            *table(RESULTS / "accelerator"), missing="Not measured yet.\n"
+        )
     return found
 
 

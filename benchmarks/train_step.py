@@ -30,6 +30,7 @@ from benchmarks import quick_file
 from examples import optimizers, training
 from examples.command_line import keep_memory, to_store
 from examples.files import write_json
+from examples.llama.model import training_flops
 from examples.llama.train import TrainLlama
 from examples.reporting import Report
 from examples.sharding import make_mesh
@@ -96,7 +97,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         loop, kinds = profile(dataclasses.replace(config, run=Path(folder, "run")), folder, console)
     parts = time_parts(config, flags.rounds)
-    flops = model_flops(config)
+    flops = training_flops(config.model, config.batch_size, config.length)
     result = {
         **to_store(config),
         "cores": os.cpu_count(),
@@ -220,17 +221,6 @@ def seconds(part: Callable[[], object]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(part())
     return time.perf_counter() - start
-
-
-def model_flops(config: TrainLlama) -> float:
-    """Floating-point operations of a step's matrix products: 6 for each token and each param in
-    one, and those of attention, of whose square causality needs half."""
-    model, tokens = config.model, config.batch_size * config.length
-    head = model.dim // model.heads
-    block = 2 * model.dim * head * (model.heads + model.kv_heads) + 3 * model.dim * model.hidden
-    params = model.layers * block + model.vocab_size * model.dim
-    attention = model.layers * 2 * model.dim * config.length / 2
-    return 6.0 * tokens * (params + attention)
 
 
 def show(result: dict) -> Table:

@@ -23,6 +23,10 @@ from gpa_optax import gpa, gpa_adamw, gpa_muon, single_worker_diloco
 
 PERIOD = 32  # updates between two synchronizations with slow weights
 RATE, DECAY = 1e-3, 0.1
+TORCH_ADAMW = {
+    "torch's AdamW, foreach": {"foreach": True},
+    "torch's AdamW, fused": {"fused": True},
+}
 
 
 class Update(NamedTuple):
@@ -89,8 +93,8 @@ def torch_optimizers() -> dict[str, Callable[[list], Any]]:
     if importlib.util.find_spec("torch"):
         from torch.optim import AdamW
 
-        found["torch's AdamW, foreach"] = functools.partial(AdamW, foreach=True, **settings)
-        found["torch's AdamW, fused"] = functools.partial(AdamW, fused=True, **settings)
+        for name, form in TORCH_ADAMW.items():
+            found[name] = functools.partial(AdamW, **settings, **form)
     if importlib.util.find_spec("schedulefree"):
         from schedulefree import AdamWScheduleFree
 

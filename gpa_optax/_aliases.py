@@ -4,6 +4,7 @@
 have the base's own arguments after `mu_x` and `mu_y`.
 """
 
+import inspect
 from typing import Any, Literal
 
 import jax
@@ -460,6 +461,8 @@ def gpa_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around Muon: orthogonalized momentum for matrices, AdamW for the other leaves.
 
+    ``preconditioning``, ``adam_learning_rate`` and ``consistent_rms`` need optax 0.2.8 or newer.
+
     .. math::
 
       \begin{align*}
@@ -500,7 +503,7 @@ def gpa_muon(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
-      TypeError, ValueError: as `gpa`.
+      TypeError, ValueError: as `gpa`; TypeError also for an argument that optax's muon lacks.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -523,6 +526,19 @@ def gpa_muon(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
+    # Optax 0.2.6 has a muon without these.
+    newer = {
+        "preconditioning": preconditioning,
+        "adam_learning_rate": adam_learning_rate,
+        "consistent_rms": consistent_rms,
+    }
+    known, ours = (inspect.signature(f).parameters for f in (muon, gpa_muon))
+    for name, value in newer.items():
+        if name not in known and value != ours[name].default:
+            raise TypeError(
+                f"{name} must be {ours[name].default!r} with optax {optax.__version__}, got "
+                f"{value!r}. Give the default, or install optax 0.2.8 or newer."
+            )
     base = muon(
         learning_rate,
         ns_coeffs,
@@ -534,13 +550,11 @@ def gpa_muon(
         mu_dtype,
         nesterov=nesterov,
         adaptive=adaptive,
-        preconditioning=preconditioning,
         adam_b1=adam_b1,
         adam_b2=adam_b2,
         adam_eps_root=adam_eps_root,
         adam_weight_decay=adam_weight_decay,
-        adam_learning_rate=adam_learning_rate,
         muon_weight_dimension_numbers=muon_weight_dimension_numbers,
-        consistent_rms=consistent_rms,
+        **{name: value for name, value in newer.items() if name in known},
     )
     return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from benchmarks.kernels import kernels
 from gpa_optax import gpa, gpa_adamw, single_worker_diloco
 
 ROOT = Path(__file__).parent.parent
@@ -127,9 +128,6 @@ def test_on_accelerators_an_update_is_one_kernel_for_each_leaf(target, dtype, na
 
 
 def test_kernels_in_a_loop_count_as_often_as_it_turns():
-    pytest.importorskip("flax")
-    from benchmarks.kernels import kernels
-
     def function(x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=7)[0]
 

@@ -86,6 +86,18 @@ PRESETS = {
 }  # fmt: skip
 
 
+def training_flops(config: LlamaConfig, sequences: int, length: int) -> float:
+    """Floating-point operations of a training step's matrix products: 6 for each token and each
+    param in one, and those of attention, of whose square causality needs half."""
+    head = config.dim // config.heads
+    block = (
+        2 * config.dim * head * (config.heads + config.kv_heads) + 3 * config.dim * config.hidden
+    )
+    params = config.layers * block + config.vocab_size * config.dim
+    attention = config.layers * 2 * config.dim * length / 2
+    return 6.0 * sequences * length * (params + attention)
+
+
 def rotate(x_BxLxNxH: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding: turns each pair (i, i + H / 2) by an angle that grows with L."""
     length, head = x_BxLxNxH.shape[1], x_BxLxNxH.shape[3]

@@ -1,0 +1,1 @@
+"""One command that measures this library on a GPU: python -m benchmarks.accelerator --help"""

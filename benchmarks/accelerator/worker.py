@@ -1,0 +1,63 @@
+"""One part in a process of its own, so that it has the device's memory to itself, and a part that
+fails, or does not end, costs no other one."""
+
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks.accelerator import right, step, timing, update
+from benchmarks.accelerator.plan import peaks_of
+from benchmarks.accelerator.results import Bar, Results, device
+
+PARTS: dict[str, ModuleType] = {"right": right, "update": update, "step": step}
+
+
+def work(name: str, folder: Path, quick: bool, again: bool, began: float, deadline: float) -> None:
+    """Makes the measurements of a part that its file does not have yet.
+
+    Ends the process with status 1 if the device computes something wrong, or a measurement fails.
+
+    Args:
+      began: when the whole command did, which is told beside what is measured.
+      deadline: no measurement begins after it.
+    """
+    part = PARTS[name]
+    results, where = Results(folder, name, quick, again), device()
+    gpu = where["platform"] != "cpu"
+    if not gpu and not quick:
+        raise SystemExit("JAX sees no GPU here. --quick rehearses all of it on a CPU.")
+
+    def say(text: str) -> None:
+        for line in text.splitlines():
+            print(f"{time.time() - began:5.0f} s  {name:<6}  {line}", flush=True)
+
+    say(f"{where['kind']}: {results.path}")
+    left_out, failed = [], False
+    for measurement in part.measurements(quick):
+        if measurement in results.measurements:
+            say(f"{measurement}: measured before")
+            continue
+        if time.time() >= deadline:
+            left_out.append(measurement)
+            continue
+        say(f"{measurement} ...")
+        try:
+            found = part.measure(measurement, quick, peaks_of(where["kind"]), deadline)
+            say(part.told(found))
+        except Exception as error:
+            traceback.print_exc()
+            found, failed = {"failed": timing.reason(error)}, True
+        results.add(measurement, found)
+    bars = [bar for bar in part.bars(results.measurements) if bar.essential or gpu]
+    results.finish(left_out, bars)
+    for bar in bars:
+        say(str(bar))
+    if left_out:
+        say(f"no time was left for: {'; '.join(left_out)}")
+    if failed or wrong(bars):
+        raise SystemExit(1)
+
+
+def wrong(bars: list[Bar]) -> bool:
+    return any(bar.essential and not bar.met for bar in bars)

@@ -1,5 +1,7 @@
 """Is GPA used rightly in a trainer that somebody else wrote, and how does x come out of it?"""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,7 +33,7 @@ def check(optimizer):
     seen = []
     fit(optimizer, params, 8, lambda *now: seen.append(jax.tree.map(jnp.copy, now)))
     # 2. Compare two in a row, past the warmup, where the learning rate is not 0.
-    for before, after in zip(seen[3:], seen[4:], strict=False):
+    for before, after in itertools.pairwise(seen[3:]):
         check_step(before, after)
 
 

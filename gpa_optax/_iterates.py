@@ -36,10 +36,10 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     `optax.partition`, `optax.MultiSteps`, `optax.inject_hyperparams`, `optax.apply_if_finite` and
     every other wrapper (`optax.flatten` of all params, but not of a part of them); in a
     `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`, whole or their ``opt_state``.
-    For `single_worker_diloco` it gives the slow weights. Before the first update it gives the params,
-    from which x starts. A state that is left as dicts, such as
-    `flax.nnx.state` gives, or a checkpoint restored without the form of the state, is read too, if
-    the params are dicts and GPA covers every leaf.
+    For `single_worker_diloco` it gives the slow weights. Before the first update it gives the
+    params, from which x starts. A state that is left as dicts, such as `flax.nnx.state` gives, or a
+    checkpoint restored without the form of the state, is read too, if the params are dicts and GPA
+    covers every leaf.
 
     Running statistics, such as BatchNorm's, are no params: they belong to y. Compute them anew at
     x, by some forward passes over training data, before a model that has them is evaluated there.

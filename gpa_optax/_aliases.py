@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import muon
 
@@ -18,6 +19,17 @@ from gpa_optax._validate import check_peak, check_steps, check_window, is_traced
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
 MaskOrFn = Any
+
+
+def _check_mask(name: str, mask: MaskOrFn) -> None:
+    """ValueError for a bare boolean, which is what `optax.inject_hyperparams` makes of a function:
+    it takes all of them for schedules, and calls them with the step count."""
+    if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
+        raise ValueError(
+            f"{name} must be a tree of booleans like the params, or a function that makes one of "
+            f"them, got {mask!r}. Give None to let all leaves decay; within "
+            f"optax.inject_hyperparams name {name} in static_args."
+        )
 
 
 def annealed_adamw(
@@ -272,7 +284,8 @@ def gpa_adamw(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
-      TypeError, ValueError: as `gpa`.
+      TypeError, ValueError: as `gpa`; a ValueError also if ``mask`` is a single boolean, which
+        `optax.inject_hyperparams` makes of a function: name it in its ``static_args``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -291,6 +304,7 @@ def gpa_adamw(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
+    _check_mask("mask", mask)
     if _is_zero(b1) and _is_zero(eps_root):
         # The same update as optax.adamw's, without a first moment that is always the gradient.
         base = optax.chain(
@@ -409,7 +423,8 @@ def gpa_lion(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
-      TypeError, ValueError: as `gpa`.
+      TypeError, ValueError: as `gpa`; a ValueError also if ``mask`` is a single boolean, which
+        `optax.inject_hyperparams` makes of a function: name it in its ``static_args``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -430,6 +445,7 @@ def gpa_lion(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
+    _check_mask("mask", mask)
     base = optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
     return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
 
@@ -503,7 +519,9 @@ def gpa_muon(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
-      TypeError, ValueError: as `gpa`; TypeError also for an argument that optax's muon lacks.
+      TypeError, ValueError: as `gpa`; TypeError also for an argument that optax's muon lacks, and
+        ValueError if ``weight_decay_mask`` is a single boolean, which `optax.inject_hyperparams`
+        makes of a function: name it in its ``static_args``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -526,6 +544,7 @@ def gpa_muon(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
+    _check_mask("weight_decay_mask", weight_decay_mask)
     # Optax 0.2.6 has a muon without these.
     newer = {
         "preconditioning": preconditioning,

@@ -25,6 +25,7 @@ from gpa_optax._validate import (
     check_learning_rate,
     check_number,
     check_positive,
+    check_schedule,
     is_traced,
 )
 
@@ -56,6 +57,9 @@ class AveragingSchedule:
     Attributes:
       weight: ``1 - mu_x`` as a function of the step count (int scalar or array, from 0), traceable.
 
+    Raises:
+      TypeError: if ``weight`` is no function of the step count.
+
     Examples:
       >>> from gpa_optax.averaging import AveragingSchedule, uniform
       >>> print(f"{uniform()(3):.2f} {uniform().weight(3):.2f}")
@@ -66,6 +70,15 @@ class AveragingSchedule:
     """
 
     weight: Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+
+    def __post_init__(self) -> None:
+        example = "lambda count: 1 / (count + 1)"
+        if not callable(self.weight):
+            raise TypeError(
+                f"weight must be a function of the step count, got {self.weight!r}. Give one, such "
+                f"as {example}; a constant mu_x needs no AveragingSchedule."
+            )
+        check_schedule("weight", self.weight, example)
 
     def __call__(self, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         return 1 - self.weight(count)
@@ -259,11 +272,12 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
     Args:
       mu_x: the constant that holds at the peak, in [0, 1).
       learning_rate: the schedule that the base optimizer uses, a function of the step count.
-      peak: its largest value, positive.
+      peak: its largest value, positive. The schedule is sampled to see whether it is.
 
     Raises:
       TypeError: if ``learning_rate`` is no schedule.
-      ValueError: if ``mu_x`` or ``peak`` is out of its range.
+      ValueError: if ``mu_x`` or ``peak`` is out of its range, or ``learning_rate`` is larger than
+        ``peak`` somewhere, or not even half of it anywhere.
 
     Examples:
       >>> import optax
@@ -280,13 +294,29 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
             "or use averaging.warmed_up(mu_x) if it is constant."
         )
     check_learning_rate("learning_rate", learning_rate)
-    check_positive("peak", peak, "Give the schedule's largest value.")
+    remedy = "Give the schedule's largest value."
+    check_positive("peak", peak, remedy)
+    # The first 256 steps, and then points that are 2 % apart, of a million.
+    rates = _sampled(learning_rate, np.append(np.arange(256), np.geomspace(256, 1e6, 420)))
+    if not is_traced(rates) and not is_traced(peak):
+        highest = np.max(np.asarray(rates, np.float64))
+        if not 0.5 * peak <= highest <= 1.001 * peak:
+            raise ValueError(
+                f"peak must be the largest value of learning_rate, got {peak!r}, where it reaches "
+                f"{highest:.4g}. {remedy}"
+            )
 
     def weight(count: jax.typing.ArrayLike) -> jax.Array:
         window = jnp.asarray(learning_rate(count)) / peak / (1 - mu_x)
         return jnp.maximum(_uniform_weight(count), 1 / jnp.maximum(1, window))
 
     return AveragingSchedule(weight)
+
+
+def _sampled(schedule: optax.Schedule, counts: np.ndarray) -> Any:
+    """The schedule's values: numbers also under a trace, unless the schedule depends on it."""
+    with jax.ensure_compile_time_eval():
+        return jax.vmap(schedule)(jnp.asarray(counts, jnp.int32))
 
 
 def lr_weighted(
@@ -321,7 +351,7 @@ def lr_weighted(
     Raises:
       TypeError: if an argument other than ``learning_rate`` is traced: a table is computed from it.
       ValueError: if an argument is out of its range, or if the learning rate is negative, not
-        finite or always 0 during the warmup.
+        finite or always 0 during the warmup, or still grows in the step after it.
 
     Examples:
       >>> import optax
@@ -358,20 +388,26 @@ def lr_weighted(
     elif not is_traced(learning_rate):
         check_number("learning_rate", learning_rate, remedy)
 
-    # The table is made of numbers also where this is called under a trace.
-    with jax.ensure_compile_time_eval():
-        counts = jnp.arange(int(warmup_steps) + 1)
-        rates = jax.vmap(learning_rate)(counts) if callable(learning_rate) else learning_rate
+    counts = np.arange(int(warmup_steps) + 2)
+    rates = _sampled(learning_rate, counts) if callable(learning_rate) else learning_rate
     traced = is_traced(rates)  # such a rate has no values to check
     xp = _numpy_of(rates)
     rates = xp.broadcast_to(xp.asarray(rates, float), counts.shape)
+    rates, after = rates[:-1], rates[-1]
     if not traced and not (np.isfinite(rates).all() and (rates >= 0).all() and rates.max() > 0):
         raise ValueError(
             "learning_rate must be finite, at least 0 and not always 0 in the first "
             f"{warmup_steps} + 1 steps, got values from {rates.min()} to {rates.max()}. {remedy}"
         )
+    if not traced and after > rates.max() * (1 + 1e-6):
+        raise ValueError(
+            f"warmup_steps must be the steps in which learning_rate grows, got {warmup_steps}, "
+            f"after which it still grows from {rates.max():.4g} to {after:.4g}. "
+            f"{numbers['warmup_steps'][1]}"
+        )
     n = np.arange(1, max(int(warmup_steps), int(start)) + 2, dtype=np.float64)
-    largest = xp.maximum.accumulate(rates)[np.minimum(n, len(counts)).astype(int) - 1]
+    largest = jax.lax.cummax(jnp.asarray(rates)) if traced else np.maximum.accumulate(rates)
+    largest = largest[np.minimum(n, len(rates)).astype(int) - 1]
     weights = (largest / largest[-1]) ** power * (n / n[-1]) ** step_power * (n > start)
     totals = xp.cumsum(weights)
     # Before the first positive weight nothing is averaged: x follows z.

@@ -81,6 +81,11 @@ CASES = [
     Case('gpa(SGD, state_dtype="float33")', TypeError, ["state_dtype", "'float33'", "float32"]),
     Case("gpa_adamw(0.1, mu_x=1.0)", ValueError, ["mu_x", "1.0"]),
     Case("gpa_sgd(0.1, mu_y=1.0)", ValueError, ["mu_y", "1.0"]),
+    Case(
+        "optax.inject_hyperparams(gpa_adamw)(0.1, mask=lambda params: False).init(PARAMS)",
+        ValueError,
+        ["mask", "False", "static_args", "None to let all leaves decay"],
+    ),
     Case('gpa_lion(0.1, base_params="w")', ValueError, ["base_params", "'w'"]),
     Case("gpa_muon(0.1, state_dtype=int)", TypeError, ["state_dtype"]),
     Case("single_worker_diloco(optax.sgd, 4)", TypeError, ["inner_optimizer", "sgd"]),
@@ -117,6 +122,12 @@ CASES = [
     Case("averaging.annealed(0.9, COSINE, 0.0)", ValueError, ["peak", "0.0", "positive"]),
     Case("averaging.annealed(0.9, COSINE, NAN)", ValueError, ["peak", "nan"]),
     Case(
+        "averaging.annealed(0.9, COSINE, 0.05)",
+        ValueError,
+        ["peak", "0.05", "reaches 0.1", "largest value"],
+    ),
+    Case("averaging.AveragingSchedule(0.01)", TypeError, ["weight", "0.01", "function", "Give"]),
+    Case(
         "averaging.annealed(0.9, optax.cosine_decay_schedule, 0.1)",
         TypeError,
         ["learning_rate", "cosine_decay_schedule", "Give what it returns"],
@@ -128,6 +139,11 @@ CASES = [
     ),
     Case(
         "averaging.lr_weighted(COSINE, 5e18)", ValueError, ["warmup_steps", "5e+18", "10,000,000"]
+    ),
+    Case(
+        "averaging.lr_weighted(optax.linear_schedule(0.0, 0.1, 100), 10)",
+        ValueError,
+        ["warmup_steps", "10", "still grows from 0.01 to 0.011", "Give the steps of warmup"],
     ),
     Case("averaging.lr_weighted(COSINE, -1)", ValueError, ["warmup_steps", "-1"]),
     Case("averaging.lr_weighted(COSINE, 2.5)", ValueError, ["warmup_steps", "2.5", "whole"]),

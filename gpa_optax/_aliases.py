@@ -123,7 +123,7 @@ def annealed_adamw(
         ],
         [warmup_steps],
     )
-    horizon = window * steps
+    horizon: Any = window * steps
     # Python's max for numbers: mu_x in float32 would lose digits of 1 - mu_x.
     horizon = jnp.maximum(horizon, 1.0) if is_traced(horizon) else max(horizon, 1.0)
     average = averaging.annealed(averaging.from_horizon(horizon), shape, peak=1.0)

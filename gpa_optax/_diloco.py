@@ -103,8 +103,10 @@ def single_worker_diloco(
     check_transformation("inner_optimizer", inner_optimizer)
     remedy = "Give the whole number of inner steps between synchronizations, such as 32."
     check_at_least("sync_period", sync_period, 1, remedy, whole=True)
-    if not is_traced(sync_period) and sync_period > jnp.iinfo(jnp.int32).max:
-        raise ValueError(f"sync_period must fit into int32, got {sync_period!r}. {remedy}")
+    if not is_traced(sync_period):
+        if sync_period > jnp.iinfo(jnp.int32).max:
+            raise ValueError(f"sync_period must fit into int32, got {sync_period!r}. {remedy}")
+        sync_period = int(sync_period)  # counts are compared with a float in float32, up to 2^24
     if callable(outer_learning_rate):
         check_learning_rate("outer_learning_rate", outer_learning_rate)
     else:

@@ -107,7 +107,8 @@ def gpa(
         decay and momentum act on z. Extra arguments of ``update`` are passed on to it. A base that
         evaluates the loss itself, around the params that it is given, needs ``base_params="y"``: a
         line search (refused otherwise), `optax.contrib.sam` with ``opaque_mode``,
-        `optax.value_and_grad_from_state`.
+        `optax.value_and_grad_from_state`. So does one that compares gradients of successive params,
+        such as `optax.scale_by_lbfgs`.
       mu_x: how slowly the average moves, in [0, 1): a float, or a schedule of the step count (from
         0). The average remembers about ``1 / (1 - mu_x)`` steps, which must be short against the
         run. See `gpa_optax.averaging` for constants and schedules, among them schedules that stay

@@ -30,12 +30,14 @@ def end_at_x(
 
     For functions that train and return the params alone, from which `eval_params` cannot be read
     any more. Before the last update nothing differs from ``optimizer``. Training that goes on after
-    it starts anew at x, where y and z are then as well.
+    it starts anew at x, where y and z are then as well; with params narrower than float32 it goes
+    on from the y that the state stores.
 
     Args:
       optimizer: an optimizer that contains `gpa` (or `single_worker_diloco`), with all that stands
         around it.
-      steps: the number of updates of the whole run, at least 1.
+      steps: the number of calls of ``update`` in the whole run, at least 1. Around
+        `optax.MultiSteps` these are its micro-steps.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is an `EndAtXState`. It must be the
@@ -88,8 +90,10 @@ def check_step(before: tuple[Any, optax.Params], after: tuple[Any, optax.Params]
     x' lies between x and z', at the same part of the way, ``1 - mu_x``, in every entry of every
     leaf. Where the state stores y, the params are its cast.
 
-    A scale that is the same for all leaves does not show in the first update of a run, where x, y
-    and z start from one point. Check a later one, of a learning rate that is not 0.
+    What moved the params before the step, such as training on from x, does not show: the step
+    itself is right then. A scale that is the same for all leaves does not show in the first update
+    of a run, where x, y and z start from one point. Check a later one, of a learning rate that is
+    not 0.
 
     Args:
       before: the optimizer's state and the params before a step, as for `eval_params`. Copy them
@@ -128,7 +132,8 @@ def check_step(before: tuple[Any, optax.Params], after: tuple[Any, optax.Params]
         )
     for one, other in zip(old, new, strict=True):
         _check_one(
-            *(_number(state.count) for state in (one, other)),
+            _number(one.count),
+            _number(other.count),
             covered_leaves(one, before[1]),
             covered_leaves(other, after[1]),
             1 - _number(other.last_mu_y),

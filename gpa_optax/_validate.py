@@ -53,17 +53,21 @@ def check_learning_rate(name: str, schedule: Callable[..., Any]) -> None:
 
 
 def check_mu(name: str, mu: Any) -> None:
-    """`mu_x` and `mu_y` lie in [0, 1); schedules and traced values pass."""
-    if is_traced(mu):
-        return
+    """`mu_x` and `mu_y` lie in [0, 1), schedules at their start; traced values pass."""
     if callable(mu):
         check_schedule(name, mu, "averaging.uniform()")
+        # Also where this is called under a trace. `averaging.from_diloco`, which is no schedule but
+        # takes a number as well, shows here.
+        with jax.ensure_compile_time_eval():
+            mu = mu(0)
+        name = f"{name}(0)"
+    if is_traced(mu):
         return
     remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
     # In float32, because the state keeps mu_y in it; what overflows there is out of range anyway.
-    if name == "mu_y" and np.float32(min(check_number(name, mu, remedy), 2.0)) == 1:
+    if name.startswith("mu_y") and np.float32(min(check_number(name, mu, remedy), 2.0)) == 1:
         raise ValueError(
-            f"mu_y must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
+            f"{name} must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
             "and the fast iterate z = x + (y - x) / (1 - mu_y) cannot be recovered from them. "
             "Give a smaller value, such as 0.99."
         )
@@ -238,7 +242,8 @@ def check_matches(what: str, tree: Any, reference: Any) -> None:
         if path not in shapes:
             raise ValueError(
                 f"The {what} have no leaf at {path or 'the root'}, where the params given to init "
-                f"have one of shape {shape}. {remedy}"
+                f"have one of shape {shape}. Give zeros for a leaf that has no gradient, or None "
+                f"in the params too. {remedy}"
             )
         if shapes[path] != shape:
             if what == "gradients" and shapes[path][1:] == shape:

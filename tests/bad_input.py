@@ -55,6 +55,11 @@ CASES = [
     Case("gpa(SGD, mu_x=0.5j)", TypeError, ["mu_x", "0.5j", "float"]),
     Case("gpa(SGD, mu_x=np.ones(2))", TypeError, ["mu_x", "float"]),
     Case("gpa(SGD, averaging.uniform)", TypeError, ["mu_x", "uniform", "averaging.uniform()"]),
+    Case("gpa(SGD, averaging.from_diloco)", ValueError, ["inner_steps", "0", "32"]),
+    Case("gpa(SGD, averaging.from_horizon)", ValueError, ["steps", "0", "100"]),
+    Case("gpa(SGD, lambda count: 300.0)", ValueError, ["mu_x(0)", "300.0", "[0, 1)"]),
+    Case("gpa(SGD, lambda count: jnp.ones(1))", TypeError, ["mu_x(0)", "[1.]", "real number"]),
+    Case("gpa(SGD, mu_y=optax.constant_schedule(1.0))", ValueError, ["mu_y(0)", "1.0", "0.99"]),
     Case("gpa(SGD, mu_y=lambda: 0.5)", TypeError, ["mu_y", "lambda", "step count"]),
     Case("gpa(SGD, mu_y=1.0)", ValueError, ["mu_y", "1.0", "z", "cannot be recovered", "0.99"]),
     Case("gpa(SGD, mu_y=1)", ValueError, ["mu_y", "cannot be recovered"]),
@@ -236,7 +241,7 @@ CASES = [
     Case(
         'gpa(SGD).update({"w": PARAMS["w"]}, STATE, PARAMS)',
         ValueError,
-        ["gradients", "['b']", "(2,)", "Call init again"],
+        ["gradients", "['b']", "(2,)", "Give zeros", "Call init again"],
     ),
     Case(
         'gpa(SGD).update(PARAMS, STATE, {**PARAMS, "more": jnp.ones(7)})',

@@ -21,6 +21,7 @@ from gpa_optax import (
     gpa_muon,
     gpa_sgd,
     iterates,
+    single_worker_diloco,
 )
 
 PARAMS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
@@ -240,3 +241,15 @@ def test_sam_around_gpa_is_gpa_with_the_gradients_of_sam(opaque):
     for name in PARAMS:
         np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
         np.testing.assert_allclose(x[name], wanted[name], atol=1e-6)
+
+
+def test_a_sync_period_given_as_a_float_counts_beyond_the_integers_of_float32():
+    optimizer = single_worker_diloco(optax.sgd(0.1), 4.0)
+    opt_state = optimizer.init(PARAMS)._replace(count=jnp.asarray(2**24 + 1, jnp.int32))
+    synchronized = []
+    for _ in range(8):
+        before = opt_state.slow
+        _, opt_state = optimizer.update(PARAMS, opt_state, PARAMS)
+        if not np.array_equal(before["bias"], opt_state.slow["bias"]):
+            synchronized.append(int(opt_state.count) - 2**24)
+    assert synchronized == [4, 8]

@@ -39,19 +39,23 @@ def tokens():
     return Tokens(stream[:10_000], stream[10_000:], 257)
 
 
-def test_the_loss_is_the_trainers():
+def test_the_loss_is_the_trainers(tokens):
     pytest.importorskip("grain")
     pytest.importorskip("tyro")
     from examples.llama.train import next_token
 
-    rng = np.random.default_rng(1)
-    model = Llama(LlamaConfig(512, dim=32, heads=2, kv_heads=1, hidden=64), nnx.Rngs(0))
-    model.embed.embedding[...] *= 40  # so that the logits are not all alike
-    windows = jnp.asarray(rng.integers(0, 512, (8, 33)), jnp.int32)
-    theirs = next_token(model, {"tokens": windows}, None)["loss"].mean()
-    ours = ensemble.cross_entropy(model(windows[:, :-1]), windows[:, 1:])
-    assert abs(theirs - np.log(512)) > 0.1
-    assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
+    like = ensemble.structure(member(learning_rate=1.0))
+    program = ensemble.program(like, together=False, at_y=False)
+    parts = ensemble.held_out_windows(SMALL, tokens.held_out)
+    rates = {"learning_rate": 1.0, "weight_decay": 0.1, "final": 0.0}
+    params, opt_state = program.initial(np.uint32(0), rates)
+    params["embed"]["embedding"] *= 40  # so that the logits are not all alike
+    found = program.evaluate((params, opt_state), rates, parts)["loss"]
+    model = Llama(MODEL, nnx.Rngs(0))
+    nnx.update(model, params)
+    theirs = next_token(model, {"tokens": parts.reshape(-1, 17)}, None)["loss"].mean()
+    assert abs(found - np.log(257)) > 0.1
+    assert float(found) == pytest.approx(float(theirs), abs=1e-5)
 
 
 SAME = {

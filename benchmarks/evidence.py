@@ -1,0 +1,60 @@
+"""Goes on with the studies of `benchmarks.studies`, in the order of their worth.
+
+python -m benchmarks.evidence                      # all of them, for many hours
+
+python -m benchmarks.evidence blocks length --workers 1
+
+Each run is stored in benchmarks/results/evidence as it ends, and made once. A study that is stopped
+resumes where it was. It needs the corpus (`python -m benchmarks.corpus`); runs on a corpus that is
+not there are left out, and told.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks import corpus
+from benchmarks.ensemble import Member
+from benchmarks.store import RESULTS, Store, execute
+from benchmarks.studies import STUDIES, missing
+
+STORE = RESULTS / "llama.jsonl"
+
+
+def next_members(store: Store, names: list[str], folder: Path) -> list[Member]:
+    """Those whose corpus is there; tells of the others."""
+    members = missing({result.member.identity: result for result in store}, names)
+    made, lacking = [], set()
+    for member in members:
+        name = f"{member.workload.text}-{member.workload.model.vocab_size}"
+        if (folder / f"{name}.json").exists():
+            made.append(member)
+        else:
+            lacking.add(name)
+    for name in sorted(lacking):
+        print(f"Left out: the runs on {name}, which is not in {folder}.")
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("studies", nargs="*", help=f"of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--folder", type=Path, default=corpus.FOLDER, help="of the corpus")
+    flags = parser.parse_args()
+    if unknown := set(flags.studies) - {*STUDIES}:
+        parser.error(f"there is no study {', '.join(sorted(unknown))}, but {', '.join(STUDIES)}.")
+    store = Store(STORE)
+    while members := next_members(store, flags.studies or [*STUDIES], flags.folder):
+        print(f"{len(members)} runs can be made now, {len(store.records)} are stored.")
+        execute(members, store, flags.workers, flags.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

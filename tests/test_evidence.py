@@ -1,0 +1,113 @@
+"""The studies ask for the runs that the protocol names, in its order; stored runs can be read."""
+
+import math
+
+import pytest
+
+from benchmarks import studies
+from benchmarks.ensemble import Member, Result
+from benchmarks.evidence import STORE
+from benchmarks.store import Store
+from benchmarks.studies import FRESH, TUNING, Missing, Run, Setting, missing, tuned
+
+
+class Imagined(dict):
+    """Results of all members that were asked for, with a loss that a function gives."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def make(self, members):
+        for member in members:
+            curve = {"step": [member.steps], "loss": [self.loss(member)]}
+            self[member.identity] = Result(member, curve, self.loss(member), 0.0)
+
+    def finish(self, study):
+        """Until the study has all it needs; what it returns, and all that it asked for."""
+        asked = []
+        while True:
+            try:
+                return study(self), asked
+            except Missing as more:
+                asked += more.members
+                self.make(more.members)
+
+
+def bowl(best, warmup=0.2):
+    """Lowest at a learning rate and a warmup; seeds are higher by as much as they are."""
+
+    def loss(member: Member) -> float:
+        away = math.log2(member.learning_rate / best)
+        return 3 + 0.1 * away**2 + abs(member.warmup - warmup) + 1e-6 * member.seed
+
+    return loss
+
+
+@pytest.mark.parametrize("best", [1.1e-3, 4e-3, 5.5e-3, 1.15e-2, 9e-2])
+def test_tuning_finds_the_best_rate_within_and_beyond_the_grid(best):
+    results = Imagined(bowl(best))
+    setting, asked = results.finish(lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES))
+    assert abs(math.log2(setting.learning_rate / best)) <= 0.26
+    assert setting.warmup == 0.2
+    assert {member.seed for member in asked} == set(TUNING)
+    # Both neighbours of the best were tried, half an octave away.
+    tried = {m.learning_rate for m in asked if m.warmup == 0.2}
+    for factor in (2**-0.5, 2**0.5):
+        assert any(math.isclose(setting.learning_rate * factor, r, rel_tol=0.02) for r in tried)
+
+
+def test_without_refinement_only_the_edges_are_left_behind():
+    _, asked = Imagined(bowl(8e-3)).finish(
+        lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES, refine=False)
+    )
+    assert {m.learning_rate for m in asked} == set(studies.OCTAVES)
+    setting, asked = Imagined(bowl(3.2e-2)).finish(
+        lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES, refine=False)
+    )
+    assert setting.learning_rate == pytest.approx(3.2e-2)
+    assert max(m.learning_rate for m in asked) == pytest.approx(6.4e-2)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_comes_to_contrasts_of_pairs_on_fresh_seeds(name):
+    outcome, asked = Imagined(bowl(8e-3)).finish(studies.STUDIES[name])
+    assert len({m.identity for m in asked}) == len(asked)  # none twice
+    for contrasts in outcome.values():
+        for contrast in contrasts:
+            seeds = [[run.member.seed for run in runs] for runs in contrast[1:]]
+            assert seeds[0] == seeds[1] == list(FRESH[: len(seeds[0])])
+            assert len({run.member.steps for runs in contrast[1:] for run in runs}) == 1
+
+
+def test_the_one_liners_have_the_rule_and_no_search_of_their_own():
+    outcome, _ = Imagined(bowl(8e-3)).finish(studies.blocks)
+    for contrasts in outcome.values():
+        base = contrasts[0].baseline[0].member
+        for contrast in contrasts[:2]:
+            member = contrast.contender[0].member
+            assert member.learning_rate == pytest.approx(2 * base.learning_rate, rel=0.01)
+            assert (member.warmup, member.knobs) == (0.2, ())
+
+
+def test_what_is_missing_comes_in_the_order_of_its_worth_and_each_run_once():
+    members = missing({})
+    assert len({m.identity for m in members}) == len(members)
+    first = missing({}, ["blocks"])
+    assert members[: len(first)] == first
+    assert all(m.seed in TUNING for m in members)  # nothing fresh before the tuning
+
+
+def test_rates_that_are_reached_in_two_ways_are_one_run():
+    run = Run(1000)
+    rates = (8e-3 * math.sqrt(2), 1.6e-2 / math.sqrt(2))
+    first, second = (Setting("adamw", rate, 0.2).members(run, [2000])[0] for rate in rates)
+    assert first.identity == second.identity
+
+
+def test_all_that_is_stored_is_read_and_belongs_to_the_protocol():
+    store = Store(STORE)
+    assert len(store.records) >= 14
+    for result in store:
+        assert result.member.seed in (*TUNING, *FRESH)
+        assert result.curve["step"][-1] <= result.member.steps

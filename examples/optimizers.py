@@ -22,11 +22,12 @@ LABELS = {"adamw": "AdamW", "muon": "Muon", "lion": "Lion", "sgd": "SGD"}
 METHODS = {"gpa": "GPA", "schedule-free": "Schedule-Free", "diloco": "DiLoCo", "ema": "EMA"}
 
 
-class Recipe(NamedTuple):
-    """An optimizer, and the weights to evaluate, export and serve: x for short."""
+class Optimizer(NamedTuple):
+    """An Optax optimizer, and the weights to evaluate, export and serve: x for short."""
 
-    optimizer: optax.GradientTransformation
-    evaluated: Callable[[optax.OptState, optax.Params], optax.Params]
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    eval_params: Callable[[optax.OptState, optax.Params], optax.Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +230,8 @@ def in_updates(settings: Settings, steps: int) -> Settings:
     )
 
 
-def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
-    """The named optimizer for a run of so many updates, behind gradient clipping."""
+def named_optimizer(name: Name, settings: Settings, steps: int) -> Optimizer:
+    """The optimizer for a run of so many updates, behind gradient clipping."""
     method, base = split(name)
     settings = in_updates(settings, steps)
     learning_rate = schedule(settings, steps)
@@ -244,9 +245,7 @@ def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
         optimizer = gpa(optimizer, mu_x, mu_y, base_params=settings.base_params)
     elif method == "schedule-free":
         optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings.mu_y)
-
-        def evaluated(opt_state, params):
-            return contrib.schedule_free_eval_params(opt_state[1], params)
+        evaluated = schedule_free_eval_params
     elif method == "diloco":
         optimizer = single_worker_diloco(
             optimizer,
@@ -255,11 +254,16 @@ def recipe(name: Name, settings: Settings, steps: int) -> Recipe:
             settings.outer_momentum,
         )
     else:
+        evaluated = params_themselves
+    return Optimizer(*optax.chain(optax.clip_by_global_norm(settings.clip), optimizer), evaluated)
 
-        def evaluated(opt_state, params):
-            return params
 
-    return Recipe(optax.chain(optax.clip_by_global_norm(settings.clip), optimizer), evaluated)
+def schedule_free_eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    return contrib.schedule_free_eval_params(opt_state[1], params)  # behind clipping
+
+
+def params_themselves(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    return params
 
 
 def base_optimizer(

@@ -42,7 +42,7 @@ def tokens():
 def test_the_loss_is_the_trainers():
     pytest.importorskip("grain")
     pytest.importorskip("tyro")
-    from examples.llama.train import next_token
+    from examples.llama.config import next_token
 
     rng = np.random.default_rng(1)
     model = Llama(LlamaConfig(512, dim=32, heads=2, kv_heads=1, hidden=64), nnx.Rngs(0))

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from examples.command_line import run_command
+from examples.commands import run_command, train_command
+from examples.llama.config import TrainLlama
 from examples.llama.export import export
 from examples.llama.sampling import sample
-from examples.llama.train import TrainLlama
-from examples.planning import plan
-from examples.run import train_command
+from examples.plan import plan
 
 PROGRAM = "python -m examples.llama"
 

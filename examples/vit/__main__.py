@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from examples.command_line import run_command
-from examples.planning import plan
-from examples.run import train_command
-from examples.vit.train import TrainViT
+from examples.commands import run_command, train_command
+from examples.plan import plan
+from examples.vit.config import TrainViT
 
 PROGRAM = "python -m examples.vit"
 

@@ -466,22 +466,6 @@ def test_a_hub_data_set_that_is_not_there_ends_in_one_sentence():
         ImageData("hf:/nowhere").prepare()
 
 
-@pytest.mark.parametrize(
-    ("source", "package", "says"),
-    [
-        ("digits", "sklearn.datasets", 'pip install "gpa-optax[examples]"'),
-        ("hf:imagenet-1k", "datasets", 'pip install "gpa-optax[examples,hub]"'),
-        ("folder", "PIL.Image", 'pip install "gpa-optax[examples,hub]"'),
-        ("folder", "datasets", 'pip install "gpa-optax[examples,hub]"'),
-    ],
-)
-def test_absent_packages_are_named(tmp_path, monkeypatch, source, package, says):
-    source = write_images(tmp_path / "x") if source == "folder" else source
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=re.escape(says)):
-        ImageData(source).prepare()
-
-
 def test_without_debians_package_fashion_mnist_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "FASHION_MNIST", tmp_path / "absent")
     with pytest.raises(ValueError, match="apt install dataset-fashion-mnist"):

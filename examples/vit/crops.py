@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from PIL import Image
 
 # AlgoPerf's: the area and aspect ratio of training crops, and the part of the shorter side that
 # evaluation sees.
@@ -46,8 +47,6 @@ def center_crop(width: int, height: int) -> tuple[float, float, float, float]:
 
 def resize(image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
     """The box of a Pillow image, as RGB of size x size pixels."""
-    from PIL import Image
-
     width, height = image.size
     left, top, right, bottom = box
     # JPEG can be decoded at a half, quarter or eighth of its size, as long as the box stays larger.

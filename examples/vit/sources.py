@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from examples.vit.crops import center_crop, random_crop, resize, shift
 
@@ -76,8 +78,6 @@ class Files:
 
     def open(self, row: int):
         """A Pillow image, of which only the header is read."""
-        from PIL import Image
-
         file = self.files[row]
         try:
             return Image.open(file["path"] if file["bytes"] is None else io.BytesIO(file["bytes"]))
@@ -142,12 +142,6 @@ def open_source(source: str, image_size: int | None) -> Source:
 
 
 def digits() -> Source:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            'The digits come with scikit-learn: pip install "gpa-optax[examples]".'
-        ) from error
     data = load_digits()
     examples = Arrays(data.images.astype(np.uint8)[..., None], data.target.astype(np.int32))
     eight = np.float32(8)  # pixels are 0 ... 16
@@ -180,14 +174,8 @@ def fashion_mnist() -> Source:
 def photos(source: str, image_size: int | None, *load: str, **how: str) -> Source:
     """What `datasets` loads so: images with one class label each, in a data set of the Hugging Face
     hub or in a folder."""
-    try:
-        import datasets
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"--data.source {source} needs Hugging Face datasets and Pillow: pip install "
-            f'"gpa-optax[examples,hub]".'
-        ) from error
+    import datasets  # which takes a second
+
     try:
         parts = datasets.load_dataset(*load, **how)
     except Exception as error:  # of the network, of the hub, or of what the data set's code raises

@@ -89,7 +89,9 @@ def test_ctrl_c_stops_a_comparison_and_the_same_command_ends_it(tmp_path, text):
     )  # fmt: skip
     metrics = tmp_path / "out" / "adamw" / "metrics.jsonl"
     until = time.monotonic() + 200
-    while time.monotonic() < until and not (metrics.exists() and '"loss"' in metrics.read_text()):
+    while time.monotonic() < until and not (
+        metrics.exists() and "grad_norm" in metrics.read_text()
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

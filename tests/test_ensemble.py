@@ -69,9 +69,9 @@ def test_an_optimizer_is_the_trainers(name):
     steps, rng = 10, np.random.default_rng(2)
     knobs = SAME[name]
     settings = optimizers.Settings(learning_rate=3e-2, warmup=0.3, weight_decay=0.2, **knobs)
-    recipes = (
-        optimizers.recipe(name, settings, steps),
-        ensemble.recipe(
+    built = (
+        optimizers.named_optimizer(name, settings, steps),
+        ensemble.optimizer_of(
             (run := member(name, steps, 0, 3e-2, warmup=0.3, weight_decay=0.2, knobs=knobs)),
             run.settings,
         ),
@@ -82,13 +82,13 @@ def test_an_optimizer_is_the_trainers(name):
         for _ in range(steps)
     ]
     found = []
-    for recipe in recipes:
-        params, opt_state = start, recipe.optimizer.init(start)
-        update = jax.jit(recipe.optimizer.update)
+    for optimizer in built:
+        params, opt_state = start, optimizer.init(start)
+        update = jax.jit(optimizer.update)
         for gradient in gradients:
             updates, opt_state = update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
-        found.append(recipe.evaluated(opt_state, params))
+        found.append(optimizer.eval_params(opt_state, params))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import absl.logging
 import jax
@@ -24,6 +24,26 @@ from examples.workload import Data
 # Orbax would warn of each checkpoint that is saved between two evaluations, and show the whole
 # traceback of an error in its threads, which it raises as well.
 absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+Command = Callable[[Sequence[str], Console], int]
+
+
+def workload_command(kind: type, program: str, others: Mapping[str, Command]) -> Command:
+    """The command that trains; others have a name, which is their first argument."""
+
+    def command(arguments: Sequence[str], console: Console) -> int:
+        name, *rest = arguments or ("--",)
+        if name in others:
+            return others[name](rest, console)
+        if not name.startswith("-"):
+            raise ValueError(
+                f"There is no command {name}: give {' or '.join(others)}, or none to train, as in "
+                f"{program} --steps 100."
+            )
+        return train_command(kind, program, arguments, console)
+
+    return command
 
 
 def train_command(kind: type, program: str, arguments: Sequence[str], console: Console) -> int:
@@ -91,7 +111,7 @@ def start_or_resume(config: OneRun, console: Console, data: Data | None = None) 
         report.close()
 
 
-def run_command(command: Callable[[Sequence[str], Console], int], arguments=None) -> int:
+def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
     """Runs a command; what the user can put right ends in one sentence and exit status 2, numbers
     that are not finite in one and status 3."""
     console = Console()

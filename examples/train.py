@@ -1,8 +1,6 @@
 """The training program: `build` defines what is compiled, `train` is the loop around it.
 
-One for every model, optimizer and machine of the examples. What it uses stands in files of its own:
-optimizers.py (the update and its averages), sharding.py (where arrays lie), checkpoints.py,
-metrics.py (what is measured) and workload.py (what a model and its data have to offer).
+One for every model, optimizer and machine of the examples; README.md has a map of the files.
 """
 
 import contextlib

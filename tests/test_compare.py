@@ -265,8 +265,8 @@ def test_a_table_shows_what_was_evaluated_at_the_last_step():
 def test_an_unknown_command_is_named(capsys):
     assert run_command(llama_main, ["smaple", "run"]) == 2
     said = capsys.readouterr().err
-    assert "There is no command smaple; there are export" in said
-    assert "To train, give none: python -m examples.llama" in said
+    assert "There is no command smaple: give export or sample or plan, or none to train" in said
+    assert "python -m examples.llama --steps 100" in said
 
 
 def test_a_table_loses_no_digit_on_a_narrow_terminal():

@@ -32,7 +32,7 @@ from benchmarks.steps_to_target import (
     trials,
 )
 from examples.config import OneRun
-from examples.optimizers import Settings
+from examples.settings import Settings
 
 WORKLOAD = "text"
 SEEDS = range(4)

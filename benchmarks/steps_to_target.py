@@ -53,7 +53,7 @@ from benchmarks.statistics import Estimate, estimate
 from examples.config import OneRun
 from examples.llama.config import TrainLlama
 from examples.llama.model import LlamaConfig
-from examples.optimizers import Name, Settings, label, split
+from examples.settings import Name, Settings, label, split
 from examples.vit.config import TrainViT
 from examples.vit.data import ImageData
 from examples.vit.model import ViTConfig

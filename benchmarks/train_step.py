@@ -34,6 +34,7 @@ from examples.llama.config import TrainLlama
 from examples.llama.model import training_flops
 from examples.metrics import Report
 from examples.run_folder import to_store
+from examples.settings import Name
 from examples.sharding import make_mesh, place
 
 
@@ -41,7 +42,7 @@ from examples.sharding import make_mesh, place
 class Config:
     """Measures where the time of a training step goes."""
 
-    optimizer: optimizers.Name = "gpa-adamw"
+    optimizer: Name = "gpa-adamw"
     """The optimizer of the step."""
     steps: int = 120
     """Updates of the profiled run; the first third is not looked at."""

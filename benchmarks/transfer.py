@@ -40,7 +40,7 @@ from examples.files import write_whole
 from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
-from examples.optimizers import Name, Settings, default_settings
+from examples.settings import Name, Settings, default_settings
 
 TUNED = "text"
 SEEDS = range(100, 104)

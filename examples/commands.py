@@ -16,6 +16,7 @@ from examples.config import Distributed, OneRun, parse_run
 from examples.console import say
 from examples.metrics import History, Report
 from examples.run_folder import begin_anew, check_data, check_run, to_store
+from examples.settings import label
 from examples.sharding import make_mesh
 from examples.stopping import End
 from examples.train import train
@@ -54,7 +55,7 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
     if not config.resume:
         begin_anew(config.run, console)
     end = start_or_resume(config, console)
-    runs = {optimizers.label(config.optimizer): History.read(config.run)}
+    runs = {label(config.optimizer): History.read(config.run)}
     if jax.process_index() == 0 and all(history.validation for history in runs.values()):
         plots.plot(runs, config.run / "summary.png")
         console.print(plots.results_table(runs, config.steps))
@@ -97,7 +98,7 @@ def start_or_resume(config: OneRun, console: Console, data: Data | None = None) 
     report = Report(
         config.run,
         console,
-        title=optimizers.label(config.optimizer),
+        title=label(config.optimizer),
         steps=config.steps,
         log_every=config.log_every,
         unit=task.unit,

@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from examples import optimizers, plots
+from examples import plots
 from examples.commands import connect, ended, run_command, start_or_resume
 from examples.config import OneRun, Training, decisive, given, peek, to_json
 from examples.console import say
 from examples.files import write_json
 from examples.llama.config import LlamaFlags, TrainLlama
 from examples.metrics import History
-from examples.optimizers import Name, Settings
 from examples.plots import first_step_at
 from examples.run_folder import begin_anew, check_run, to_store
+from examples.settings import NAMES, Name, Settings, averages, check_effect, label
 from examples.vit.config import TrainViT, ViTFlags
 
 
@@ -123,7 +123,7 @@ def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     default = kind()
     preset = peek(arguments, "--preset", default.preset)
     names = named_optimizers(arguments) or default.optimizers
-    if preset in train.PRESETS and set(names) <= set(optimizers.NAMES):  # else tyro names the error
+    if preset in train.PRESETS and set(names) <= set(NAMES):  # else tyro names the error
         default = kind(
             optimizers=tuple(names),
             settings={name: train.preset_settings(preset, name) for name in names},
@@ -134,8 +134,8 @@ def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     if not config.optimizers or len(set(config.optimizers)) < len(config.optimizers):
         raise ValueError("--optimizers must name one or more different optimizers.")
     for name, settings in config.settings.items():
-        optimizers.check_effect(name, settings, given(arguments), prefix=f"--{name}.")
-    if "--evaluate-y" in given(arguments) and not any(map(optimizers.averages, config.optimizers)):
+        check_effect(name, settings, given(arguments), prefix=f"--{name}.")
+    if "--evaluate-y" in given(arguments) and not any(map(averages, config.optimizers)):
         raise ValueError(
             "--evaluate-y has no effect without an optimizer that averages: leave it out, or name "
             "one in --optimizers."
@@ -166,8 +166,8 @@ def show(config: Any, histories: Mapping[str, History], console: Console) -> Non
     if not histories:
         console.print("Nothing was trained.")
         return
-    labels = {optimizers.label(name): history for name, history in histories.items()}
-    baseline = optimizers.label(config.optimizers[0])
+    labels = {label(name): history for name, history in histories.items()}
+    baseline = label(config.optimizers[0])
     console.print(plots.results_table(labels, config.steps, baseline))
     for line in verdicts(labels, config.steps, baseline):
         console.print(line, highlight=False)
@@ -206,7 +206,7 @@ def show_sample(config: OneRun, console: Console) -> None:
 
     _, model, tokenizer = load(config.run)
     text = generate(model, tokenizer, "def ", tokens=100, window=config.length, seed=config.seed)
-    title = f"Sampled from the model that {optimizers.label(config.optimizer)} trained"
+    title = f"Sampled from the model that {label(config.optimizer)} trained"
     console.print(Panel(Text(text), title=title))
 
 

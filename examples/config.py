@@ -11,15 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from examples.optimizers import (
-    NAMES,
-    Name,
-    Settings,
-    averages,
-    check_effect,
-    flag,
-    holds_master_copy,
-)
+from examples.settings import NAMES, Name, Settings, averages, check_effect, flag, holds_master_copy
 
 # Flags that change nothing in what a run computes: a run may go on with other values of these.
 FREE = {

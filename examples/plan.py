@@ -17,6 +17,7 @@ from rich.table import Table
 from examples import optimizers
 from examples.config import OneRun, parse_run, peek
 from examples.console import say
+from examples.settings import label, split
 from examples.sharding import make_mesh, placed
 from examples.train import Program, build
 from planning.collectives import traffic
@@ -55,7 +56,7 @@ def plan(kind: type, program: str, arguments: Sequence[str], console: Console) -
     say(
         console,
         f"{config.workload} {config.preset}, {size:,} parameters, with "
-        f"{optimizers.label(config.optimizer)}, on {count} x {target.devices[0].device_kind}: "
+        f"{label(config.optimizer)}, on {count} x {target.devices[0].device_kind}: "
         f"--fsdp {config.fsdp} --batch-size {config.batch_size} --accumulate {config.accumulate}",
     )
     console.print(compare_states(config, step))
@@ -66,15 +67,15 @@ def plan(kind: type, program: str, arguments: Sequence[str], console: Console) -
     held = {"params": per_device(params), **buffers(step.state.opt_state)}
     memory = compiled.memory_analysis()
     fits = show_memory(memory, held, gradient_bytes(params, config.accumulate), target, console)
-    sent = {optimizers.label(config.optimizer): traffic(compiled.as_text())}
-    method, base = optimizers.split(config.optimizer)
+    sent = {label(config.optimizer): traffic(compiled.as_text())}
+    method, base = split(config.optimizer)
     # The plain base trains no narrow params: it holds no float32 copy of them.
     if config.compare and method and config.model.param_dtype == "float32":
         settings = config.preset_settings(config.preset, base)
         plain = dataclasses.replace(config, optimizer=base, settings=settings)
         step = build(plain, plain.task(), mesh)
         if compiled := compile_step(step, target, base, console):
-            sent[optimizers.label(base)] = traffic(compiled.as_text())
+            sent[label(base)] = traffic(compiled.as_text())
     show_traffic(sent, console)
     return 0 if fits else 1
 
@@ -99,9 +100,9 @@ def compile_step(
     program: Program, target: Target, optimizer: str, console: Console
 ) -> jax.stages.Compiled | None:
     """The compiled step, or None (and the reason printed) if the compiler lacks memory for it."""
-    label, start = optimizers.label(optimizer), time.perf_counter()
+    shown, start = label(optimizer), time.perf_counter()
     try:
-        with console.status(f"Compiling with {label}"), jax.set_mesh(program.mesh):
+        with console.status(f"Compiling with {shown}"), jax.set_mesh(program.mesh):
             compiled = compile_for(target, program.step, program.state, program.batch)
     except jax.errors.JaxRuntimeError as error:
         reason = re.search(r"Ran out of memory.{,200}", str(error))
@@ -110,11 +111,11 @@ def compile_step(
         # The other memory of a TPU, VMEM, is the compiler's to divide: no more of it helps.
         hbm = "hbm" in reason[0].lower()
         what = "it does not fit" if hbm else "the compiler fails; another --accumulate may do"
-        say(console, f"With {label} {what}: {reason[0]}")
+        say(console, f"With {shown} {what}: {reason[0]}")
         return None
     say(
         console,
-        f"The step with {label} was compiled in {time.perf_counter() - start:.0f} s by "
+        f"The step with {shown} was compiled in {time.perf_counter() - start:.0f} s by "
         f"{target.compiler} (jax {jax.__version__}).",
     )
     return compiled
@@ -144,7 +145,7 @@ def gradient_bytes(params: Any, parts: int) -> int:
 def compare_states(config: OneRun, program: Program) -> Table:
     """What each optimizer holds on a device, from the shapes of its state."""
     params = program.state.params
-    _, base = optimizers.split(config.optimizer)
+    _, base = split(config.optimizer)
     plain = config.preset_settings(config.preset, base)
     choices = []
     for name in (base, f"gpa-{base}", f"schedule-free-{base}", f"diloco-{base}"):
@@ -152,22 +153,22 @@ def compare_states(config: OneRun, program: Program) -> Table:
         choices.append((name, settings))
         if name == f"gpa-{base}" and settings.b1 == 0:
             choices.append((name, dataclasses.replace(settings, b1=plain.b1)))
-    choices.append((config.optimizer, config.settings))
+    choices.append((config.optimizer, config.settings))  # the last one is this run's
 
     rows = {}
     for name, settings in choices:
         optimizer = optimizers.named_optimizer(name, settings, config.steps)
         state = placed(jax.eval_shape(optimizer.init, params), program.mesh)
         first_moment = f", b1 = {settings.b1:g}" if name == f"gpa-{base}" else ""
-        label = optimizers.label(name) + first_moment
-        rows[label] = {"params": per_device(params), **buffers(state)}
+        this = label(name) + first_moment
+        rows[this] = {"params": per_device(params), **buffers(state)}
 
     table = Table(title="Params and optimizer state on each device", title_justify="left")
     table.add_column("optimizer", no_wrap=True)
     table.add_column("buffers, as large as params")
     table.add_column("in all", justify="right", no_wrap=True)
     table.add_column("more", justify="right", no_wrap=True)
-    least = sum(rows[optimizers.label(base)].values())
+    least = sum(rows[label(base)].values())
     for row, sizes in rows.items():
         total = sum(sizes.values())
         listed = ", ".join(
@@ -175,6 +176,6 @@ def compare_states(config: OneRun, program: Program) -> Table:
             for name, size in sizes.items()
         )
         more = amount(total - least) if total != least else "-"
-        row += " (this run)" if row == label else ""
+        row += " (this run)" if row == this else ""
         table.add_row(row, listed, amount(total), more)
     return table

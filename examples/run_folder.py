@@ -16,7 +16,7 @@ from rich.console import Console
 from examples.config import decisive, to_json
 from examples.console import say
 from examples.files import free_name, read_json
-from examples.optimizers import Settings, flag, in_updates, without_effect
+from examples.settings import Settings, flag, in_updates, without_effect
 
 PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 

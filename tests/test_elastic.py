@@ -23,7 +23,7 @@ from programs import ROOT, environment, free_port, llama, on_devices, train
 from examples.config import Distributed, to_json
 from examples.llama.data import TextData
 from examples.metrics import History
-from examples.optimizers import Settings
+from examples.settings import Settings
 from examples.vit.config import TrainViT
 from examples.vit.model import ViTConfig
 

@@ -21,6 +21,7 @@ from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Workload
 from examples import optimizers
 from examples.llama.model import Llama, LlamaConfig
+from examples.settings import Settings
 
 MODEL = LlamaConfig(257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32)
 SMALL = Workload(MODEL, length=16, batch_size=4)
@@ -68,7 +69,7 @@ SAME = {
 def test_an_optimizer_is_the_trainers(name):
     steps, rng = 10, np.random.default_rng(2)
     knobs = SAME[name]
-    settings = optimizers.Settings(learning_rate=3e-2, warmup=0.3, weight_decay=0.2, **knobs)
+    settings = Settings(learning_rate=3e-2, warmup=0.3, weight_decay=0.2, **knobs)
     built = (
         optimizers.named_optimizer(name, settings, steps),
         ensemble.optimizer_of(

@@ -36,8 +36,8 @@ from examples.llama.model import Llama, LlamaConfig
 from examples.llama.runs import load
 from examples.llama.sampling import generate, sample
 from examples.metrics import History
-from examples.optimizers import Settings
 from examples.run_folder import to_store
+from examples.settings import Settings
 from examples.sharding import make_mesh
 from examples.train import build
 

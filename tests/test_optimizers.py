@@ -16,7 +16,7 @@ pytest.importorskip("tyro")
 from examples import compare, optimizers
 from examples.config import parse_run
 from examples.llama.config import TrainLlama
-from examples.optimizers import Settings
+from examples.settings import NAMES, Settings, without_effect
 from examples.vit.config import TrainViT
 
 STEPS = 6
@@ -66,7 +66,7 @@ SLOW = [
 CASES = [
     *(
         pytest.param(name, "linear", "annealed", None, marks=[pytest.mark.long] * (name in SLOW))
-        for name in optimizers.NAMES
+        for name in NAMES
     ),
     *(("sgd", schedule, "annealed", None) for schedule in ("wsd", "constant")),
     *(
@@ -91,7 +91,7 @@ def test_a_setting_is_without_effect_exactly_where_it_changes_nothing(
         other = trained(name, dataclasses.replace(settings, **{field: value}))
         if not np.allclose(usual, other, rtol=1e-4, atol=1e-5):
             changed.add(field)
-    assert set(OTHER) - changed == set(optimizers.without_effect(name, settings))
+    assert set(OTHER) - changed == set(without_effect(name, settings))
     assert set(OTHER) == {field.name for field in dataclasses.fields(Settings)}
 
 

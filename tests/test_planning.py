@@ -24,7 +24,7 @@ from rich.console import Console
 
 from examples import plan
 from examples.llama.config import TrainLlama
-from examples.optimizers import default_settings
+from examples.settings import default_settings
 from examples.sharding import make_mesh
 from examples.train import build
 from planning import machines

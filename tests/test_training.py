@@ -39,8 +39,8 @@ from examples.files import read_json
 from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.metrics import History, Report, records
-from examples.optimizers import Settings
 from examples.run_folder import begin_anew
+from examples.settings import NAMES, Settings, split
 from examples.vit.config import TrainViT
 from gpa_optax import iterates
 
@@ -403,7 +403,7 @@ def test_the_smallest_presets_have_the_recipe_of_the_readme():
     assert (large.schedule, large.average) == ("cosine", "annealed")
 
 
-@pytest.mark.parametrize("name", optimizers.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
     model = dataclasses.replace(SMALL, layers=1)
     config = llama(tmp_path, optimizer=name, model=model, steps=80, settings={"sync_period": 4})
@@ -420,7 +420,7 @@ def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
     loss = float(program.evaluate(x, rows)["loss"]) / 8
     assert losses[0] == pytest.approx(np.log(300), abs=0.2)
     assert loss < losses[0] - 1.0
-    plain = optimizers.split(name)[0] == ""
+    plain = split(name)[0] == ""
     assert all(jax.tree.leaves(same)) == plain, "only a plain optimizer is evaluated at its params"
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 from examples.config import Distributed, OneRun, Training, check_master_copy
 from examples.llama.data import Text, TextData
 from examples.llama.model import PRESETS, Llama, LlamaConfig
-from examples.optimizers import Name, Settings, default_settings
+from examples.settings import Name, Settings, default_settings
 from examples.workload import Batch, Task
 
 Preset = Literal["tiny", "15m", "160m", "1b", "8b"]

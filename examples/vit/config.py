@@ -11,7 +11,7 @@ import tyro
 from flax import nnx
 
 from examples.config import Distributed, OneRun, Training, check_master_copy
-from examples.optimizers import Name, Settings, default_settings
+from examples.settings import Name, Settings, default_settings
 from examples.vit.data import ImageData, Images
 from examples.vit.model import PRESETS, ViT, ViTConfig
 from examples.workload import Batch, Task

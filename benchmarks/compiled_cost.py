@@ -32,9 +32,9 @@ from benchmarks.updates import (
     updates_of_adamw,
     updates_of_muon,
 )
-from examples import planning
-from examples.command_line import to_store
 from examples.files import write_json
+from examples.run_folder import to_store
+from planning.machines import Target, amount, compile_for, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def main() -> int:
         kept = {(row["target"], row["dtype"], row["optimizer"]): row for row in before["updates"]}
     for name in flags.targets:
         try:
-            target = planning.find(name)
+            target = find(name)
         except ValueError as error:
             if not flags.quick:
                 raise
@@ -118,7 +118,7 @@ def main() -> int:
     return 0
 
 
-def cost(update: Update, params: Any, dtype: jnp.dtype, target: planning.Target) -> dict[str, Any]:
+def cost(update: Update, params: Any, dtype: jnp.dtype, target: Target) -> dict[str, Any]:
     """Compiles one update for a target and reads what it takes there."""
     leaves = len(jax.tree.leaves(params))
     size = entries(params)
@@ -145,15 +145,6 @@ def cost(update: Update, params: Any, dtype: jnp.dtype, target: planning.Target)
     }
 
 
-def compile_for(target: planning.Target, jitted: Any, *arguments: Any) -> jax.stages.Compiled:
-    """A program compiled for one device of a target, from the shapes of its arguments."""
-    place = jax.sharding.SingleDeviceSharding(target.devices[0])
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
-    )
-    return jitted.trace(*placed).lower(lowering_platforms=(target.platform,)).compile()
-
-
 def show(result: dict[str, Any], target: str, dtype: str) -> Table:
     title = f"{target}, {dtype} params, {result['params']:,} in {result['leaves']} leaves"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -165,7 +156,7 @@ def show(result: dict[str, Any], target: str, dtype: str) -> Table:
             table.add_row(
                 row["optimizer"],
                 f"{row['kernels_per_leaf']:.2f}",
-                planning.amount(row["temporary_bytes"]),
+                amount(row["temporary_bytes"]),
                 f"{row['in_place']:.0%}",
                 f"{row['moved']:.1f}",
                 f"{row['floor']:.1f}",

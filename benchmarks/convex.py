@@ -37,9 +37,9 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from benchmarks import quick_file
-from examples.command_line import to_store
 from examples.files import write_whole
-from examples.reporting import COLOURS
+from examples.plots import COLOURS
+from examples.run_folder import to_store
 from gpa_optax import averaging, eval_params, gpa
 
 

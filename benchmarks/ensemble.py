@@ -32,7 +32,7 @@ from optax import contrib
 import gpa_optax
 from benchmarks.corpus import Text, Tokens
 from examples.llama.model import Llama, LlamaConfig
-from examples.optimizers import Recipe, decays, hidden_matrices
+from examples.optimizers import Optimizer, decays, hidden_matrices
 from gpa_optax import averaging
 
 HELD_OUT = 4096  # windows at the end of a run
@@ -163,7 +163,7 @@ def shape(member: Member, settings: Mapping[str, Any]) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
 
 
-def recipe(member: Member, settings: Mapping[str, Any]) -> Recipe:
+def optimizer_of(member: Member, settings: Mapping[str, Any]) -> Optimizer:
     """The optimizer behind gradient clipping, and how to get the weights to evaluate.
 
     Of the `settings`, those in `TRACED` may be traced.
@@ -178,7 +178,7 @@ def recipe(member: Member, settings: Mapping[str, Any]) -> Recipe:
             optimizer = gpa_optax.annealed_adamw(rate, steps, warmup, **own)
         else:
             optimizer = gpa_optax.anytime_adamw(rate, warmup, **own)
-        return Recipe(optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
+        return Optimizer(*optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
 
     relative = shape(member, settings)
 
@@ -222,7 +222,7 @@ def recipe(member: Member, settings: Mapping[str, Any]) -> Recipe:
         def evaluated(opt_state, params):
             return params
 
-    return Recipe(optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
+    return Optimizer(*optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
 
 
 def average(
@@ -262,20 +262,20 @@ def program(like: Member, together: bool, at_y: bool) -> Program:
     config, length = like.workload.model, like.workload.length
     graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
 
-    def built(numbers: Mapping[str, jax.Array]) -> Recipe:
-        return recipe(like, {**like.settings, **numbers})
+    def built(numbers: Mapping[str, jax.Array]) -> Optimizer:
+        return optimizer_of(like, {**like.settings, **numbers})
 
     def initial(seed: jax.Array, numbers: Mapping[str, jax.Array]):
         model = Llama(config, nnx.Rngs(jax.random.key(seed)))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return params, built(numbers).optimizer.init(params)
+        return params, built(numbers).init(params)
 
     def loss(params: optax.Params, windows: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(windows[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
     def advance(state, numbers: Mapping[str, jax.Array], starts: jax.Array, tokens: jax.Array):
-        optimizer = built(numbers).optimizer
+        optimizer = built(numbers)
 
         def step(state, starts):
             params, opt_state = state
@@ -288,7 +288,7 @@ def program(like: Member, together: bool, at_y: bool) -> Program:
 
     def evaluate(state, numbers: Mapping[str, jax.Array], parts: jax.Array):
         params, opt_state = state
-        weights = {"loss": built(numbers).evaluated(opt_state, params)}
+        weights = {"loss": built(numbers).eval_params(opt_state, params)}
         weights |= {"loss at y": params} if at_y else {}
         return {
             name: jax.lax.map(functools.partial(loss, params), parts).mean()

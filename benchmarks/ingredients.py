@@ -31,8 +31,8 @@ from benchmarks.steps_to_target import (
     interval,
     trials,
 )
-from examples.optimizers import Settings
-from examples.training import OneRun
+from examples.config import OneRun
+from examples.settings import Settings
 
 WORKLOAD = "text"
 SEEDS = range(4)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from examples.collectives import ARRAY, Computation, array_bytes, read, trip_count
+from planning.collectives import ARRAY, Computation, array_bytes, read, trip_count
 
 # These compute nothing: they name values, or move them between the memories of a chip ahead of use.
 FREE = {

@@ -34,9 +34,9 @@ from rich.console import Console
 
 from benchmarks import quick_file
 from benchmarks.oracle import Oracle, sgd
-from examples.command_line import to_store
 from examples.files import write_whole
-from examples.reporting import COLOURS
+from examples.plots import COLOURS
+from examples.run_folder import to_store
 from gpa_optax import averaging, gpa, iterates
 
 

@@ -4,7 +4,7 @@ python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
 Tables stand between two comments in README.md, benchmarks/README.md, docs/accelerator.md and
-docs/tested.md; that of bad input and its errors is made by running the tests' list of it. A figure
+docs/tested.md; that of bad input and its errors is made by running bad_input.py. A figure
 carries a digest of its numbers and of the code that draws it, by which it is known to be up to
 date.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import convex, ingredients, long_runs, steps_to_target, transfer
+from benchmarks import bad_input, convex, ingredients, long_runs, steps_to_target, transfer
 from benchmarks.accelerator import tables as accelerator_tables
 from benchmarks.runs import Store, settled
 from benchmarks.statistics import (
@@ -37,10 +37,9 @@ from benchmarks.statistics import (
     signed_saving,
 )
 from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
+from examples.config import OneRun
 from examples.files import write_whole
-from examples.reporting import COLOURS
-from examples.training import OneRun
-from tests import bad_input
+from examples.plots import COLOURS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,6 +1,6 @@
 """Training runs of a study: each is stored once, under what decides its result.
 
-A run is a configuration of the examples' trainer (`examples.training.OneRun`), of which it uses the
+A run is a configuration of the examples' trainer (`examples.train.OneRun`), of which it uses the
 model, the data, the optimizer and the compiled step; what is left out is what costs time in a run
 of a minute: checkpoints, metrics of every step, the display.
 """
@@ -27,13 +27,15 @@ from rich.table import Table
 
 from benchmarks import processor
 from benchmarks.ensemble import evaluations
-from examples import training
-from examples.command_line import decisive, from_json, keep_memory, to_json, versions
+from examples import train
+from examples.commands import keep_memory
+from examples.config import OneRun, decisive, from_json, to_json
 from examples.files import write_whole
-from examples.llama.train import TrainLlama
-from examples.sharding import make_mesh
-from examples.training import Batch, Data, OneRun
-from examples.vit.train import TrainViT
+from examples.llama.config import TrainLlama
+from examples.run_folder import versions
+from examples.sharding import make_mesh, place
+from examples.vit.config import TrainViT
+from examples.workload import Batch, Data
 
 PROCESS = (0, 1)  # the first of one
 KINDS = {"llama": TrainLlama, "vit": TrainViT}
@@ -188,7 +190,7 @@ def one_run(config: OneRun) -> tuple[OneRun, dict[str, Any]]:
     start = time.process_time()
     data = opened(*source(config))
     fitted = config.fitted(data)
-    program = training.build(fitted, fitted.task(), make_mesh(1, jax.devices()[:1]))
+    program = train.build(fitted, fitted.task(), make_mesh(1, jax.devices()[:1]))
     validation = data.validation(
         config.validation_examples, config.batch_size, *PROCESS, **config.data_options
     )
@@ -197,10 +199,10 @@ def one_run(config: OneRun) -> tuple[OneRun, dict[str, Any]]:
     with jax.set_mesh(program.mesh):
         state = program.initial()
         for done, batch in enumerate(batches(config), start=1):
-            state, _ = program.step(state, training.place(batch, program.mesh, config.accumulate))
+            state, _ = program.step(state, place(batch, program.mesh, config.accumulate))
             if done in due:
-                x = program.recipe.evaluated(state.opt_state, state.params)
-                metrics = training.mean_metrics(program, x, validation)
+                x = program.optimizer.eval_params(state.opt_state, state.params)
+                metrics = train.mean_metrics(program, x, validation)
                 curve["step"].append(done)
                 for name, value in metrics.items():
                     curve.setdefault(name, []).append(round(value, 6))

@@ -50,13 +50,13 @@ from rich.table import Table
 from benchmarks import QUICK
 from benchmarks.runs import Result, Store, Study, execute, pursue, settled, table, together
 from benchmarks.statistics import Estimate, estimate
+from examples.config import OneRun
+from examples.llama.config import TrainLlama
 from examples.llama.model import LlamaConfig
-from examples.llama.train import TrainLlama
-from examples.optimizers import Name, Settings, label, split
-from examples.training import OneRun
+from examples.settings import Name, Settings, label, split
+from examples.vit.config import TrainViT
 from examples.vit.data import ImageData
 from examples.vit.model import ViTConfig
-from examples.vit.train import TrainViT
 
 RESULTS = Path(__file__).parent / "results" / "runs"
 TRIAL_SEED = 1000

@@ -27,20 +27,22 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import quick_file
-from examples import optimizers, training
-from examples.command_line import keep_memory, to_store
+from examples import optimizers, train
+from examples.commands import keep_memory
 from examples.files import write_json
+from examples.llama.config import TrainLlama
 from examples.llama.model import training_flops
-from examples.llama.train import TrainLlama
-from examples.reporting import Report
-from examples.sharding import make_mesh
+from examples.metrics import Report
+from examples.run_folder import to_store
+from examples.settings import Name
+from examples.sharding import make_mesh, place
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Measures where the time of a training step goes."""
 
-    optimizer: optimizers.Name = "gpa-adamw"
+    optimizer: Name = "gpa-adamw"
     """The optimizer of the step."""
     steps: int = 120
     """Updates of the profiled run; the first third is not looked at."""
@@ -132,7 +134,7 @@ def profile(config: TrainLlama, folder: str, console: Console) -> tuple[dict, di
     )
     report.first, report.trace = config.steps // 3, folder
     try:
-        training.train(config, task, data, report, **config.data_options)
+        train.train(config, task, data, make_mesh(config.fsdp), report, **config.data_options)
     finally:
         report.close()
     steps = config.steps - 1 - report.first
@@ -179,19 +181,19 @@ def time_parts(config: TrainLlama, rounds: int) -> dict[str, float]:
     """Median seconds of the parts of a step, which take turns so that all see the same machine."""
     mesh = make_mesh(1, jax.devices()[:1])
     task = config.task()
-    program = training.build(config, task, mesh)
+    program = train.build(config, task, mesh)
     graph = nnx.graphdef(nnx.eval_shape(lambda: task.new_model(nnx.Rngs(0))))
     tokens = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (config.batch_size, config.length + 1)
     )
-    batch = training.place({"tokens": tokens.astype(np.int32)}, mesh, 1)
+    batch = place({"tokens": tokens.astype(np.int32)}, mesh, 1)
 
     def loss(params, batch, key):
         return task.metrics(nnx.merge(graph, params), batch, key)["loss"].mean()
 
     @jax.jit
     def backward(params, batch, key):
-        return training.accumulate(jax.value_and_grad(loss), params, batch, key[None])
+        return train.accumulate(jax.value_and_grad(loss), params, batch, key[None])
 
     matrix = jnp.ones((2048, 2048))
     product = jax.jit(lambda a: a @ a)

@@ -35,12 +35,12 @@ from benchmarks.steps_to_target import (
     outcome,
     trials,
 )
+from examples.config import OneRun
 from examples.files import write_whole
+from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
-from examples.llama.train import TrainLlama
-from examples.optimizers import Name, Settings, default_settings
-from examples.training import OneRun
+from examples.settings import Name, Settings, default_settings
 
 TUNED = "text"
 SEEDS = range(100, 104)

@@ -32,9 +32,9 @@ from rich.table import Table
 
 from benchmarks import processor, quick_file
 from benchmarks.updates import Update, shapes, torch_optimizers, total_bytes, updates_of_adamw
-from examples.command_line import to_store
 from examples.files import write_json
-from examples.planning import amount
+from examples.run_folder import to_store
+from planning.machines import amount
 
 SCHEDULERS = {
     "default": "",

@@ -1,12 +1,7 @@
-"""Checkpoints of a run, by orbax: the training state and the position in the data.
+"""Checkpoints of a run, by orbax: the training state and the position in the data. Each holds the
+digests of its files (digests.py), and is checked before it is restored."""
 
-Each holds the digests of its files. Orbax restores garbled arrays without complaint, so what is
-restored is checked against them before anything reads it.
-"""
-
-import concurrent.futures
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,48 +15,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
-from orbax.checkpoint.path import atomicity
 
-from examples.command_line import free_name
-
-DIGESTS = "digests.json"
-# Orbax writes these two when all the others are there; they say when that was, and nothing of them
-# is restored.
-LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
-
-
-class DamagedError(ValueError):
-    """A checkpoint that must not be restored."""
-
-
-class WithDigests(atomicity.AtomicRenameTemporaryPath):
-    """The folder that a checkpoint, or an item of it, is written in. It gets the digests when all
-    is written, by the process that then renames it: a checkpoint without them was never whole."""
-
-    async def finalize(self) -> None:
-        if self.get_final().name.isdecimal():  # a step, not an item
-            folder = Path(self.get())
-            (folder / DIGESTS).write_text(json.dumps(digests(folder), indent=1) + "\n")
-        await super().finalize()
-
-
-def digests(folder: Path, item: str = "") -> dict[str, str]:
-    """SHA-256 of each file that a restored checkpoint depends on, by its path in the folder; of all
-    items, or of one.
-
-    Of files, not of arrays: so the position in the data has one too, and it is the same whatever
-    devices and processes write or read the arrays.
-    """
-    files = (path for path in (folder / item).rglob("*") if path.is_file())
-    names = sorted(str(path.relative_to(folder)) for path in files)
-    names = [name for name in names if name not in (DIGESTS, *LAST)]
-
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        return dict(zip(names, pool.map(digest, names), strict=True))
+from examples.digests import DIGESTS, DamagedError, WithDigests, check_digests
+from examples.files import free_name
 
 
 def check(folder: Path, abstract_state: Any) -> None:
@@ -74,7 +30,7 @@ def check(folder: Path, abstract_state: Any) -> None:
     Raises:
       DamagedError: if not, in one sentence that names the checkpoint and what is wrong.
     """
-    check_files(folder)
+    check_digests(folder)
     stored = described(ocp.StandardCheckpointHandler().metadata(epath.Path(folder, "state")))
     expected = described(abstract_state)
     for name in sorted(stored.keys() | expected.keys()):
@@ -83,28 +39,6 @@ def check(folder: Path, abstract_state: Any) -> None:
                 f"The checkpoint {folder} is of another model or optimizer: {name} is "
                 f"{stored.get(name, 'missing')} there, and {expected.get(name, 'nothing')} here."
             )
-
-
-def check_files(folder: Path, item: str = "") -> None:
-    """Checks the digests of all files, or of one item's."""
-
-    def damaged(why: str) -> DamagedError:
-        return DamagedError(f"The checkpoint {folder} is damaged: {why}.")
-
-    try:
-        wanted = json.loads((folder / DIGESTS).read_bytes())
-        wanted = {name: digest for name, digest in wanted.items() if name.startswith(item)}
-    except FileNotFoundError:
-        raise damaged(f"it has no {DIGESTS}, which is written when all the rest is") from None
-    except (ValueError, AttributeError):
-        raise damaged(f"its {DIGESTS} is not what was written") from None
-    found = digests(folder, item)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
-            raise damaged(f"its file {name} is missing")
-        if found[name] != wanted.get(name):
-            size = (folder / name).stat().st_size
-            raise damaged(f"its file {name} ({size:,} bytes) is not what was written")
 
 
 def described(tree: Any) -> dict[str, str]:
@@ -155,7 +89,7 @@ def set_aside(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> 
             # Of the older ones orbax reads the losses now and nothing else. One that was just being
             # deleted lacks files, which does no harm.
             elif (path / "metrics" / "metrics").exists() and (path / DIGESTS).exists():
-                check_files(path, "metrics/")
+                check_digests(path, "metrics/")
         except DamagedError as error:
             damaged[path] = error
     if damaged and not good:
@@ -210,19 +144,25 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Has errors of the thread that writes say in a sentence what failed, and what there is yet."""
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # a collective with a process that is gone: see peers.py
+    except jax.errors.JaxRuntimeError:  # a collective with a process that is gone
         raise
     except Exception as error:  # of orbax, tensorstore or the system, of many types
-        last = manager.latest_step()
-        kept = "there is none yet" if last is None else f"the last whole one is that of step {last}"
         raise OSError(
-            f"A checkpoint could not be written to {manager.directory} ({reason(error)}); {kept}."
+            f"A checkpoint could not be written to {manager.directory} ({reason(error)}). "
+            f"{kept(manager)}."
         ) from error
 
 
 def reason(error: BaseException) -> str:
     """What the system said, out of the many lines that orbax and tensorstore put around it."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def kept(manager: ocp.CheckpointManager) -> str:
+    last = manager.latest_step()
+    if last is None:
+        return "There is no checkpoint yet"
+    return f"The last checkpoint, {manager.directory / str(last)}, is kept"
 
 
 def finish(manager: ocp.CheckpointManager) -> None:

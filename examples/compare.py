@@ -20,25 +20,17 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from examples import optimizers, reporting
-from examples.command_line import (
-    begin_anew,
-    check_run,
-    decisive,
-    given,
-    parse,
-    peek,
-    run_command,
-    to_json,
-    to_store,
-)
+from examples import plots
+from examples.commands import connect, ended, run_command, start_or_resume
+from examples.config import OneRun, Training, decisive, given, peek, to_json
+from examples.console import say
 from examples.files import write_json
-from examples.llama.train import LlamaFlags, TrainLlama
-from examples.optimizers import Name, Settings
-from examples.reporting import History, first_step_at
-from examples.run import run
-from examples.training import OneRun, Training
-from examples.vit.train import TrainViT, ViTFlags
+from examples.llama.config import LlamaFlags, TrainLlama
+from examples.metrics import History
+from examples.plots import first_step_at
+from examples.run_folder import begin_anew, check_run, to_store
+from examples.settings import NAMES, Name, Settings, averages, check_effect, label
+from examples.vit.config import TrainViT, ViTFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +86,7 @@ def main(arguments: Sequence[str], console: Console) -> int:
         )
     workload, *arguments = arguments
     config = parse_comparison(workload, arguments)
-    config.distributed.start()
+    connect(config.distributed)
     console.quiet = jax.process_index() > 0
     if not config.resume:
         begin_anew(config.out, console)
@@ -103,15 +95,14 @@ def main(arguments: Sequence[str], console: Console) -> int:
     configs = {name: config.of(WORKLOADS[workload][1], name) for name in config.optimizers}
     for one in configs.values():  # all of them, before the first one trains
         check_run(one.fitted(data))
-    console.print(data.description, highlight=False, soft_wrap=True)
-    console.print(
+    say(console, data.description)
+    say(
+        console,
         f"{config.steps} steps of {config.batch_size} examples on {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}, stored in {config.out}",
-        highlight=False,
-        soft_wrap=True,
     )
     for name in config.optimizers:
-        end = run(configs[name], console, data)
+        end = start_or_resume(configs[name], console, data)
         if end.done < config.steps:
             break
     if jax.process_index() > 0:
@@ -122,15 +113,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
     show(config, histories, console)
     if workload == "llama" and complete and jax.process_count() == 1:
         show_sample(configs[complete[-1]], console)
-    console.print(
-        f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    if len(complete) < len(config.optimizers):
-        console.print(reporting.stopped(end.done, config.resume))
-        return end.status
-    return 0
+    say(console, f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.")
+    return ended(config, end, console)
 
 
 def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
@@ -139,18 +123,19 @@ def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
     default = kind()
     preset = peek(arguments, "--preset", default.preset)
     names = named_optimizers(arguments) or default.optimizers
-    if preset in train.PRESETS and set(names) <= set(optimizers.NAMES):  # else tyro names the error
+    if preset in train.PRESETS and set(names) <= set(NAMES):  # else tyro names the error
         default = kind(
             optimizers=tuple(names),
             settings={name: train.preset_settings(preset, name) for name in names},
             **train.preset_values(preset),
         )
-    config = parse(kind, f"python -m examples.compare {workload}", default, arguments)
+    program = f"python -m examples.compare {workload}"
+    config = tyro.cli(kind, prog=program, default=default, args=arguments)
     if not config.optimizers or len(set(config.optimizers)) < len(config.optimizers):
         raise ValueError("--optimizers must name one or more different optimizers.")
     for name, settings in config.settings.items():
-        optimizers.check_effect(name, settings, given(arguments), prefix=f"--{name}.")
-    if "--evaluate-y" in given(arguments) and not any(map(optimizers.averages, config.optimizers)):
+        check_effect(name, settings, given(arguments), prefix=f"--{name}.")
+    if "--evaluate-y" in given(arguments) and not any(map(averages, config.optimizers)):
         raise ValueError(
             "--evaluate-y has no effect without an optimizer that averages: leave it out, or name "
             "one in --optimizers."
@@ -181,12 +166,12 @@ def show(config: Any, histories: Mapping[str, History], console: Console) -> Non
     if not histories:
         console.print("Nothing was trained.")
         return
-    labels = {optimizers.label(name): history for name, history in histories.items()}
-    baseline = optimizers.label(config.optimizers[0])
-    console.print(reporting.table(labels, config.steps, baseline))
+    labels = {label(name): history for name, history in histories.items()}
+    baseline = label(config.optimizers[0])
+    console.print(plots.results_table(labels, config.steps, baseline))
     for line in verdicts(labels, config.steps, baseline):
         console.print(line, highlight=False)
-    reporting.plot(labels, config.out / "compare.png", baseline)
+    plots.plot(labels, config.out / "compare.png", baseline)
     results = {
         **to_store(config),
         "baseline": baseline,
@@ -221,7 +206,7 @@ def show_sample(config: OneRun, console: Console) -> None:
 
     _, model, tokenizer = load(config.run)
     text = generate(model, tokenizer, "def ", tokens=100, window=config.length, seed=config.seed)
-    title = f"Sampled from the model that {optimizers.label(config.optimizer)} trained"
+    title = f"Sampled from the model that {label(config.optimizer)} trained"
     console.print(Panel(Text(text), title=title))
 
 

@@ -1,11 +1,19 @@
 """Files that are written whole or not at all."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}.") from None
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -31,3 +39,9 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or with the first number after it that nothing there has."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())

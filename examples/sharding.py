@@ -6,7 +6,7 @@ like a param (x, y, moments, momenta), are split over `fsdp` by the same rule an
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,48 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         lambda path, leaf: NamedSharding(mesh, partition(path, leaf.shape, mesh.shape["fsdp"])),
         tree,
     )
+
+
+def placed(abstract: Any, mesh: Mesh) -> Any:
+    """The same shapes and dtypes, with their shardings."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings(abstract, mesh),
+    )
+
+
+def batch_shapes(example: Any, batch_size: int, parts: int, mesh: Mesh) -> Any:
+    """Shapes and places of a batch (parts, rows of a part, ...).
+
+    Raises:
+      ValueError: if the devices cannot share the parts evenly.
+    """
+    if batch_size // parts % mesh.size:
+        raise ValueError(
+            f"--batch-size / --accumulate must be a multiple of the {mesh.size} devices, got "
+            f"{batch_size} / {parts}."
+        )
+    place, shape = NamedSharding(mesh, MICROBATCHES), (parts, batch_size // parts)
+    return {
+        name: jax.ShapeDtypeStruct((*shape, *leaf.shape), leaf.dtype, sharding=place)
+        for name, leaf in example.items()
+    }
+
+
+def place(batch: Mapping[str, Any], mesh: Mesh, parts: int | None = None) -> dict[str, jax.Array]:
+    """Brings this process's rows of a batch to its devices, for a train step in `parts` parts, or
+    for an evaluation (None)."""
+
+    def move(rows: np.ndarray) -> jax.Array:
+        if parts is None:
+            return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+        rows = rows.reshape(parts, len(rows) // parts, *rows.shape[1:])
+        if jax.process_count() > 1:
+            return in_order(rows, mesh)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, MICROBATCHES), rows)
+
+    return {name: move(rows) for name, rows in batch.items()}
 
 
 def in_order(rows: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -18,11 +18,12 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 from rich.console import Console
 
-from examples import checkpoints, sharding, training
+from examples import checkpoints, commands, sharding
+from examples.commands import start_or_resume
+from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.llama.model import LlamaConfig
-from examples.llama.train import TrainLlama
-from examples.run import run
+from examples.train import build
 
 ROOT = Path(__file__).parent.parent
 SMALL = LlamaConfig(vocab_size=300, dim=16, layers=2, heads=4, kv_heads=2, hidden=32)
@@ -79,7 +80,7 @@ def llama(folder: Path, **changes) -> TrainLlama:
 def train(config) -> str:
     """Runs it here; returns what it printed."""
     out = io.StringIO()
-    run(config, Console(file=out, width=120))
+    start_or_resume(config, Console(file=out, width=120))
     return out.getvalue()
 
 
@@ -88,7 +89,7 @@ def on_devices(count: int, monkeypatch):
     """The trainer sees only so many devices."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            training, "make_mesh", lambda fsdp: sharding.make_mesh(fsdp, jax.devices()[:count])
+            commands, "make_mesh", lambda fsdp: sharding.make_mesh(fsdp, jax.devices()[:count])
         )
         yield
 
@@ -96,21 +97,19 @@ def on_devices(count: int, monkeypatch):
 def built(config, devices: int = 1):
     """The program of a run on so many devices, its first state, and a batch."""
     mesh = sharding.make_mesh(config.fsdp, jax.devices()[:devices])
-    program = training.build(config, config.task(), mesh)
+    program = build(config, config.task(), mesh)
     tokens = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (config.batch_size, config.length + 1)
     )
     batch = {"tokens": tokens.astype(np.int32)}
     with jax.set_mesh(mesh):
-        return program, program.initial(), training.place(batch, mesh, config.accumulate)
+        return program, program.initial(), sharding.place(batch, mesh, config.accumulate)
 
 
 def saved(config, step, devices=1, fsdp=1):
     """The state in a run's checkpoint of that step."""
     config = dataclasses.replace(config, fsdp=fsdp)
-    program = training.build(
-        config, config.task(), sharding.make_mesh(fsdp, jax.devices()[:devices])
-    )
+    program = build(config, config.task(), sharding.make_mesh(fsdp, jax.devices()[:devices]))
     with checkpoints.opened(config.run / "checkpoints", keep=100) as manager:
         return checkpoints.restore(manager, step, program.state)
 

@@ -18,9 +18,8 @@ from test_costs import needs_cuda_plugin, programs_are_not_stored  # noqa: F401
 from benchmarks.accelerator import __main__ as command
 from benchmarks.accelerator import right, step, timing, update, worker
 from benchmarks.accelerator.results import Results
-from benchmarks.compiled_cost import compile_for
 from benchmarks.kernels import in_place, kernels
-from examples import planning
+from planning.machines import compile_for, find
 
 ROOT = Path(__file__).parent.parent
 PARTS = list(worker.PARTS)
@@ -29,7 +28,7 @@ LACKING = """
 import builtins, sys
 
 ABSENT = {"grain", "matplotlib", "tensorboard", "tensorboardX", "tyro"}
-OURS = {"benchmarks", "examples", "gpa_optax"}
+OURS = {"benchmarks", "examples", "gpa_optax", "planning"}
 NOT_OURS = ABSENT | {"PIL", "orbax", "pyarrow", "rich", "safetensors", "sklearn"}
 
 class Absent:
@@ -80,7 +79,7 @@ def rehearsed(tmp_path_factory):
 
 def test_the_blocked_imports_are_blocked(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(LACKING)
-    for code in ("import tyro", "import examples.reporting", "import examples.command_line"):
+    for code in ("import tyro", "import examples.config", "import examples.plots"):
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
@@ -331,7 +330,7 @@ class TestOnAnH100:
 
     @staticmethod
     def compiled(jitted, arguments):
-        target = planning.find("h100:1")
+        target = find("h100:1")
         found = compile_for(target, jitted, *arguments)
         memory = found.memory_analysis()
         needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes

@@ -19,12 +19,12 @@ pytest.importorskip("sklearn")
 from programs import on_devices, write_text
 from rich.console import Console
 
-from examples import compare, reporting
-from examples.command_line import run_command
+from examples import compare, metrics, plots
+from examples.commands import run_command
+from examples.config import parse_run
 from examples.llama.__main__ import main as llama_main
-from examples.llama.train import TrainLlama
-from examples.reporting import History
-from examples.run import parse_run
+from examples.llama.config import TrainLlama
+from examples.metrics import History
 from examples.vit.__main__ import main as vit_main
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,9 @@ def test_ctrl_c_stops_a_comparison_and_the_same_command_ends_it(tmp_path, text):
     )  # fmt: skip
     metrics = tmp_path / "out" / "adamw" / "metrics.jsonl"
     until = time.monotonic() + 200
-    while time.monotonic() < until and not (metrics.exists() and '"loss"' in metrics.read_text()):
+    while time.monotonic() < until and not (
+        metrics.exists() and "grad_norm" in metrics.read_text()
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
@@ -231,7 +233,7 @@ def test_a_comparison_needs_to_know_of_what(arguments, capsys):
 
 def test_a_line_that_a_crash_cut_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2}\n{"step": 2, "a')
-    assert reporting.records(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2}]
+    assert metrics.records(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 2}]
 
 
 def test_the_last_of_repeated_flags_decides_the_defaults():
@@ -256,15 +258,15 @@ def test_a_table_shows_what_was_evaluated_at_the_last_step():
     run = history([(0, 5.0), (4, 3.0)])
     run.validation["y"] = [(0, {"loss": 5.0})]
     run.seconds = [1.0]
-    table = reporting.table({"GPA": run}, steps=4)
+    table = plots.results_table({"GPA": run}, steps=4)
     assert list(table.columns[0].cells) == ["GPA at x"]
 
 
 def test_an_unknown_command_is_named(capsys):
     assert run_command(llama_main, ["smaple", "run"]) == 2
     said = capsys.readouterr().err
-    assert "There is no command smaple; there are export" in said
-    assert "To train, give none: python -m examples.llama" in said
+    assert "There is no command smaple: give export or sample or plan, or none to train" in said
+    assert "python -m examples.llama --steps 100" in said
 
 
 def test_a_table_loses_no_digit_on_a_narrow_terminal():
@@ -280,7 +282,7 @@ def test_a_table_loses_no_digit_on_a_narrow_terminal():
         for name in names
     }
     console = Console(width=80, record=True)
-    console.print(reporting.table(runs, 12345, "AdamW"))
+    console.print(plots.results_table(runs, 12345, "AdamW"))
     shown = console.export_text()
     assert "…" not in shown
     assert shown.count("2.1597 ") == shown.count("0.2138 ") == 6

@@ -115,9 +115,9 @@ def test_on_accelerators_an_update_is_one_kernel_for_each_leaf(target, dtype, na
     pytest.importorskip("tyro")
     from benchmarks.compiled_cost import cost
     from benchmarks.updates import Update
-    from examples import planning
+    from planning.machines import find
 
-    found = cost(Update(OPTIMIZERS[name]), params(dtype), jnp.dtype(dtype), planning.find(target))
+    found = cost(Update(OPTIMIZERS[name]), params(dtype), jnp.dtype(dtype), find(target))
     assert found["kernels_per_leaf"] == 1
     assert found["temporary_bytes"] < 64 * 1024
     assert found["in_place"] == 1

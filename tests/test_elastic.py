@@ -20,13 +20,12 @@ pytest.importorskip("tyro")
 
 from programs import ROOT, environment, free_port, llama, on_devices, train
 
-from examples.command_line import Distributed, to_json
+from examples.config import Distributed, to_json
 from examples.llama.data import TextData
-from examples.optimizers import Settings
-from examples.peers import sentence
-from examples.reporting import History
+from examples.metrics import History
+from examples.settings import Settings
+from examples.vit.config import TrainViT
 from examples.vit.model import ViTConfig
-from examples.vit.train import TrainViT
 
 STEPS, PART = 12, 4
 # (processes, devices of each, devices that share a copy of the state)
@@ -63,17 +62,17 @@ RUNS = {"text": text_run, "images": image_run}
 # What the commands do with their flags, for a stored configuration.
 PROGRAM = """
 import json, sys
-from examples.command_line import from_json, run_command
-from examples.llama.train import TrainLlama
-from examples.run import run
-from examples.vit.train import TrainViT
+from examples.commands import connect, run_command, start_or_resume
+from examples.config import from_json
+from examples.llama.config import TrainLlama
+from examples.vit.config import TrainViT
 
 def main(arguments, console):
     kind = {"llama": TrainLlama, "vit": TrainViT}[arguments[0]]
     config = from_json(kind, json.loads(arguments[1]))
-    config.distributed.start()
+    connect(config.distributed)
     {first}
-    return run(config, console).status
+    return start_or_resume(config, console).status
 
 sys.exit(run_command(main))
 """
@@ -166,9 +165,7 @@ def test_a_run_moves_from_each_place_to_each_other(tmp_path, monkeypatch, kind):
     assert max(found.values()) < 1e-6, found
 
 
-GONE = "Process {} is gone, killed or ended by an error that it tells itself: "
-GO_ON = "start all processes again with the same command, and the run goes on from its last check"
-SENTENCE = GONE + GO_ON + "point.\n"
+GONE = "JAX distributed service detected fatal errors"
 
 
 def wait_for_checkpoint(config, running):
@@ -180,8 +177,9 @@ def wait_for_checkpoint(config, running):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_process_is_killed_the_other_ends_and_says_so(tmp_path, monkeypatch, victim):
-    """Process 0 is noticed by its connections, the other by its silence."""
+def test_when_a_process_is_killed_jax_ends_the_other_within_a_minute(tmp_path, victim):
+    """Process 0 is noticed by its connections, the other by its silence. A collective that fails
+    before ends in a traceback."""
     config = dataclasses.replace(text_run(tmp_path), steps=100_000, evaluate_every=PART)
     running = start(config, 2)
     try:
@@ -191,8 +189,8 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(tmp_path, monkeypat
     finally:
         for process in running:
             process.kill()
-    assert errors == SENTENCE.format(victim)
-    assert running[1 - victim].returncode == 1
+    assert GONE in errors or "Traceback" in errors
+    assert running[1 - victim].returncode in (1, -signal.SIGABRT)
 
 
 def test_sigterm_saves_the_last_step_and_ends_all_processes(tmp_path):
@@ -244,8 +242,8 @@ def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path, e
             process.kill()
     assert re.fullmatch(says, errors)
     assert running[1].returncode == status
-    assert other == SENTENCE.format(1)
-    assert running[0].returncode == 1
+    assert GONE in other or "Traceback" in other
+    assert running[0].returncode in (1, -signal.SIGABRT)
     assert time.monotonic() - failed < 60
 
 
@@ -256,22 +254,3 @@ def test_a_number_of_processes_that_cannot_share_the_readers_is_refused(tmp_path
     outputs = [process.communicate(timeout=600)[1] for process in running]
     refused = "--data.readers must divide --batch-size 18 and be a multiple of the number of "
     assert f"Process 0: {refused}processes (2), got 3.\n" == outputs[0]
-
-
-UNHEALTHY = "The following tasks are unhealthy (stopped sending heartbeats):\n{}The tasks have"
-
-
-@pytest.mark.parametrize(
-    ("page", "says"),
-    [
-        (UNHEALTHY.format("1\n"), "Process 1 is gone, "),
-        (UNHEALTHY.format("12\n3\n") * 2, "Processes 3, 12 are gone, "),
-        (UNHEALTHY.format("/job:jax_worker/replica:0/task:3\n"), "Process 3 is gone, "),
-        ("set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout. This", "Process 1 is gone, "),
-        ("Failed to send RPC to coordination service. Either", "Process 0 is gone, "),
-        ("DEADLINE_EXCEEDED RPC: CoordinationService/RegisterTask", "The processes did not meet"),
-        ("Something that is not known yet.", "Another process is gone, "),
-    ],
-)
-def test_the_sentence_is_made_from_what_the_coordination_service_writes(page, says):
-    assert sentence(page).startswith(says)

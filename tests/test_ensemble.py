@@ -21,6 +21,7 @@ from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Workload
 from examples import optimizers
 from examples.llama.model import Llama, LlamaConfig
+from examples.settings import Settings
 
 MODEL = LlamaConfig(257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32)
 SMALL = Workload(MODEL, length=16, batch_size=4)
@@ -42,7 +43,7 @@ def tokens():
 def test_the_loss_is_the_trainers(tokens):
     pytest.importorskip("grain")
     pytest.importorskip("tyro")
-    from examples.llama.train import next_token
+    from examples.llama.config import next_token
 
     like = ensemble.structure(member(learning_rate=1.0))
     program = ensemble.program(like, together=False, at_y=False)
@@ -72,10 +73,10 @@ SAME = {
 def test_an_optimizer_is_the_trainers(name):
     steps, rng = 10, np.random.default_rng(2)
     knobs = SAME[name]
-    settings = optimizers.Settings(learning_rate=3e-2, warmup=0.3, weight_decay=0.2, **knobs)
-    recipes = (
-        optimizers.recipe(name, settings, steps),
-        ensemble.recipe(
+    settings = Settings(learning_rate=3e-2, warmup=0.3, weight_decay=0.2, **knobs)
+    built = (
+        optimizers.named_optimizer(name, settings, steps),
+        ensemble.optimizer_of(
             (run := member(name, steps, 0, 3e-2, warmup=0.3, weight_decay=0.2, knobs=knobs)),
             run.settings,
         ),
@@ -86,13 +87,13 @@ def test_an_optimizer_is_the_trainers(name):
         for _ in range(steps)
     ]
     found = []
-    for recipe in recipes:
-        params, opt_state = start, recipe.optimizer.init(start)
-        update = jax.jit(recipe.optimizer.update)
+    for optimizer in built:
+        params, opt_state = start, optimizer.init(start)
+        update = jax.jit(optimizer.update)
         for gradient in gradients:
             updates, opt_state = update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
-        found.append(recipe.evaluated(opt_state, params))
+        found.append(optimizer.eval_params(opt_state, params))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

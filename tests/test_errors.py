@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bad_input import CASES, COSINE, PARAMS, SGD
 
+from benchmarks.bad_input import CASES, COSINE, PARAMS, SGD
 from gpa_optax import (
     averaging,
     eval_params,

@@ -25,20 +25,21 @@ from rich.console import Console
 from tokenizers import processors
 
 from examples import checkpoints
-from examples.command_line import from_json, run_command, to_json, to_store
+from examples.commands import run_command, start_or_resume
+from examples.config import from_json, to_json
 from examples.files import write_json
 from examples.llama import tokenizing
+from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.llama.export import export, write
 from examples.llama.model import Llama, LlamaConfig
 from examples.llama.runs import load
 from examples.llama.sampling import generate, sample
-from examples.llama.train import TrainLlama
-from examples.optimizers import Settings
-from examples.reporting import History
-from examples.run import run
+from examples.metrics import History
+from examples.run_folder import to_store
+from examples.settings import Settings
 from examples.sharding import make_mesh
-from examples.training import build
+from examples.train import build
 
 LENGTH = 12
 SMALL = LlamaConfig(vocab_size=300, dim=16, layers=3, heads=4, kv_heads=2, hidden=24)
@@ -298,7 +299,7 @@ def trained(tmp_path_factory):
     for i, text in enumerate(TEXT):
         (folder / "text" / f"{i}.txt").write_text(f"{i} {text}" * 3)
     config = config_of(folder / "run", folder / "text", fsdp=4)
-    run(config, Console(quiet=True))
+    start_or_resume(config, Console(quiet=True))
     return config
 
 
@@ -382,7 +383,7 @@ def test_runs_of_every_kind_of_optimizer_are_read_back(trained, tmp_path, optimi
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
     write_json(tmp_path / "config.json", to_store(config))
     (tmp_path / "tokenizer.json").write_text((trained.run / "tokenizer.json").read_text())
-    expected = program.recipe.evaluated(state.opt_state, state.params)
+    expected = program.optimizer.eval_params(state.opt_state, state.params)
     found = nnx.to_pure_dict(nnx.state(load(tmp_path).model, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
@@ -443,7 +444,7 @@ def test_going_on_with_another_tokenizer_is_refused(trained, tokenizer):
 
     before = (trained.run / "tokenizer.json").read_text()
     with pytest.raises(ValueError, match="begun with other data, as its tokenizer"):
-        run(trained, Console(quiet=True), Changed())
+        start_or_resume(trained, Console(quiet=True), Changed())
     assert (trained.run / "tokenizer.json").read_text() == before
 
 

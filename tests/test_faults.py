@@ -21,15 +21,15 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 from programs import ROOT, assert_same, environment, llama, on_devices, saved, train
 
-from examples import checkpoints, training
-from examples.command_line import run_command
+from examples import checkpoints, digests, optimizers
+from examples.commands import run_command
 from examples.llama import tokenizing
 from examples.llama.__main__ import main
 from examples.llama.data import TextData
 from examples.llama.runs import load, read_config, read_tokenizer
-from examples.reporting import History, Report, records
-from examples.sharding import make_mesh
-from examples.training import State
+from examples.metrics import History, Report, records
+from examples.sharding import make_mesh, place
+from examples.train import State, build
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def copied(whole, tmp_path):
 
 
 def shapes(config):
-    return training.build(config, config.task(), make_mesh(1, jax.devices()[:1])).state
+    return build(config, config.task(), make_mesh(1, jax.devices()[:1])).state
 
 
 def files_of(run, step):
@@ -95,14 +95,14 @@ def test_damage_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_taken
     state, folder = shapes(copied), copied.run / "checkpoints"
     names = files_of(copied.run, 12)
     assert len(names) > 12
-    for name in set(names) - set(checkpoints.LAST):
+    for name in set(names) - set(digests.LAST):
         shutil.copytree(folder / "12", tmp_path / "kept")
         damage(folder / "12" / name, how, tmp_path / "mark")
         said = []
         assert checkpoints.newest_good(folder, state, said.append) == 8, name
         (line,) = said
         assert line.startswith(f"The checkpoint {folder / '12'} is damaged: its file {name}") or (
-            name == checkpoints.DIGESTS and name in line
+            name == digests.DIGESTS and name in line
         )
         aside = copied.run / "checkpoints.damaged" / "12"
         assert line.endswith(f"It is {aside} now.")
@@ -113,7 +113,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_found_and_the_one_before_is_taken
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("name", checkpoints.LAST)
+@pytest.mark.parametrize("name", digests.LAST)
 def test_what_orbax_writes_last_is_not_needed(name, whole, copied, tmp_path):
     for how in DAMAGES:
         path = copied.run / "checkpoints" / "12" / name
@@ -151,7 +151,7 @@ def test_without_a_good_checkpoint_the_run_ends_and_nothing_is_renamed(copied):
     for step in before:
         (copied.run / "checkpoints" / str(step) / "digests.json").write_text("{}")
     for _ in range(2):  # also when the command is given again
-        with pytest.raises(checkpoints.DamagedError) as error:
+        with pytest.raises(digests.DamagedError) as error:
             train(copied)
         message = str(error.value)
         assert message.startswith(f"The checkpoint {copied.run / 'checkpoints' / '12'} is damaged")
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_leaf(whole, copied, t
     folder = copied.run / "checkpoints"
     shutil.rmtree(folder / "12")
     shutil.copytree(wide.run / "checkpoints" / "12", folder / "12")
-    with pytest.raises(checkpoints.DamagedError) as error:
+    with pytest.raises(digests.DamagedError) as error:
         checkpoints.check(folder / "12", shapes(copied))
     assert str(error.value) == (
         f"The checkpoint {folder / '12'} is of another model or optimizer: "
@@ -264,13 +264,23 @@ def unsafe(tree):
 
 
 def test_nothing_in_the_repository_loads_what_may_hold_code():
-    folders = ("gpa_optax", "examples", "benchmarks", "notebooks", "tests", "docs", ".ci")
+    folders = (
+        "gpa_optax",
+        "planning",
+        "examples",
+        "benchmarks",
+        "notebooks",
+        "tests",
+        "docs",
+        ".ci",
+    )
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert len(paths) > 60
     found = {str(p.relative_to(ROOT)): set(unsafe(ast.parse(p.read_text()))) for p in paths}
     assert {name: what for name, what in found.items() if what} == {
         "tests/test_docs.py": {"eval", "exec"},  # of the pages' own code and names
-        "tests/bad_input.py": {"eval"},  # of the calls that are listed there
+        "tests/test_frameworks.py": {"exec"},  # of the documentation's own blocks
+        "benchmarks/bad_input.py": {"eval"},  # of the calls that are listed there
     }
 
 
@@ -332,7 +342,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_cause_and_leaves_a_good_check
     (line,) = [line for line in full.stderr.splitlines() if line.startswith("A checkpoint could")]
     assert "No space left on device" in line
     last = max(int(p.name) for p in (disk / "run" / "checkpoints").iterdir() if p.name.isdecimal())
-    assert f"the last whole one is that of step {last}." in line
+    assert f"The last checkpoint, {disk / 'run' / 'checkpoints' / str(last)}, is kept." in line
     resize("50m")
     more = run()
     assert more.returncode == 0, more.stderr
@@ -395,13 +405,13 @@ def with_spoilers(config, accumulate=1):
     number = jax.ShapeDtypeStruct((), jnp.float32)
     example = {**task.example, "of_loss": number, "of_gradient": number}
     mesh = make_mesh(1, jax.devices()[:1])
-    program = training.build(config, task._replace(metrics=metrics, example=example), mesh)
+    program = build(config, task._replace(metrics=metrics, example=example), mesh)
 
     def batch(seed, of_loss=0.0, of_gradient=1.0):
         tokens = np.random.default_rng(seed).integers(0, 300, (8, config.length + 1), np.int32)
         numbers = {"of_loss": np.zeros(8, np.float32), "of_gradient": np.ones(8, np.float32)}
         numbers["of_loss"][3], numbers["of_gradient"][:] = of_loss, of_gradient
-        return training.place({"tokens": tokens, **numbers}, mesh, accumulate)
+        return place({"tokens": tokens, **numbers}, mesh, accumulate)
 
     def trained(batches):
         with jax.set_mesh(mesh):
@@ -447,7 +457,7 @@ def test_a_spiked_batch_does_not_break_a_run(tmp_path):
 
 def poison(steps, monkeypatch):
     """The gradients of these steps, counted in this process, are none."""
-    build, made = training.build, []
+    made = []
 
     def building(config, task, mesh):
         program = build(config, task, mesh)
@@ -474,13 +484,13 @@ def poison(steps, monkeypatch):
 
         return program._replace(step=Step())
 
-    monkeypatch.setattr(training, "build", building)
+    monkeypatch.setattr("examples.train.build", building)
 
 
 def test_leaving_out_a_step_is_a_choice_and_no_branch(tmp_path):
     """A branch's two sides are kept apart on an H100, in temporaries as large as the model."""
     config = llama(tmp_path)
-    program = training.build(config, config.task(), make_mesh(1, jax.devices()[:1]))
+    program = build(config, config.task(), make_mesh(1, jax.devices()[:1]))
     traced = str(program.step.trace(program.state, program.batch).jaxpr)
     assert "select_n" in traced
     assert "cond[" not in traced
@@ -505,7 +515,7 @@ def test_bad_steps_are_counted_told_and_end_the_run_when_they_are_too_many(
     }  # fmt: skip
     assert all(np.isfinite(line["loss"]) for line in lines.values())
     assert lines[20]["learning_rate"] == pytest.approx(
-        training.optimizers.schedule(config.settings, 40)(20 - 1 - 4)
+        optimizers.schedule(config.settings, 40)(20 - 1 - 4)
     )
     text = train(config)  # the numbers are good again
     assert "goes on from step 20." in text

@@ -22,10 +22,10 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 from programs import ROOT, assert_same, environment, saved, write_text
 
-from examples.command_line import from_json
-from examples.llama.train import TrainLlama
-from examples.reporting import records
-from examples.vit.train import TrainViT
+from examples.config import from_json
+from examples.llama.config import TrainLlama
+from examples.metrics import records
+from examples.vit.config import TrainViT
 
 KINDS = {"llama": TrainLlama, "vit": TrainViT}
 EVERY = 4  # steps from one checkpoint to the next

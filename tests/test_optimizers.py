@@ -14,10 +14,10 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
 from examples import compare, optimizers
-from examples.llama.train import TrainLlama
-from examples.optimizers import Settings
-from examples.run import parse_run
-from examples.vit.train import TrainViT
+from examples.config import parse_run
+from examples.llama.config import TrainLlama
+from examples.settings import NAMES, Settings, without_effect
+from examples.vit.config import TrainViT
 
 STEPS = 6
 # For each setting another value than the one it has here.
@@ -34,7 +34,7 @@ OTHER = {
 @functools.cache
 def trained(name, settings):
     """Params and evaluated weights after each update, with given gradients."""
-    recipe = optimizers.recipe(name, settings, STEPS)
+    optimizer = optimizers.named_optimizer(name, settings, STEPS)
     keys = iter(jax.random.split(jax.random.key(0), 3 * (STEPS + 1)))
 
     def tree():
@@ -44,18 +44,18 @@ def trained(name, settings):
         }
 
     with jax.disable_jit("muon" in name):  # it would be compiled each time
-        return run(recipe, tree)
+        return run(optimizer, tree)
 
 
-def run(recipe, tree):
+def run(optimizer, tree):
     params = tree()
-    opt_state = recipe.optimizer.init(params)
+    opt_state = optimizer.init(params)
     seen = []
     for step in range(STEPS):
         grads = jax.tree.map(lambda leaf: leaf * (step + 1) / 5, tree())  # only some are clipped
-        updates, opt_state = recipe.optimizer.update(grads, opt_state, params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         params = jax.tree.map(jnp.add, params, updates)
-        seen.append((params, recipe.evaluated(opt_state, params)))
+        seen.append((params, optimizer.eval_params(opt_state, params)))
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(seen)])
 
 
@@ -66,7 +66,7 @@ SLOW = [
 CASES = [
     *(
         pytest.param(name, "linear", "annealed", None, marks=[pytest.mark.long] * (name in SLOW))
-        for name in optimizers.NAMES
+        for name in NAMES
     ),
     *(("sgd", schedule, "annealed", None) for schedule in ("wsd", "constant")),
     *(
@@ -91,7 +91,7 @@ def test_a_setting_is_without_effect_exactly_where_it_changes_nothing(
         other = trained(name, dataclasses.replace(settings, **{field: value}))
         if not np.allclose(usual, other, rtol=1e-4, atol=1e-5):
             changed.add(field)
-    assert set(OTHER) - changed == set(optimizers.without_effect(name, settings))
+    assert set(OTHER) - changed == set(without_effect(name, settings))
     assert set(OTHER) == {field.name for field in dataclasses.fields(Settings)}
 
 

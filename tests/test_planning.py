@@ -22,12 +22,14 @@ pytest.importorskip("tyro")
 from jax.sharding import Mesh, PartitionSpec
 from rich.console import Console
 
-from examples import planning
-from examples.collectives import Collective, traffic
-from examples.llama.train import TrainLlama
-from examples.optimizers import default_settings
+from examples import plan
+from examples.llama.config import TrainLlama
+from examples.settings import default_settings
 from examples.sharding import make_mesh
-from examples.training import build
+from examples.train import build
+from planning import machines
+from planning.collectives import Collective, traffic
+from planning.reports import show_memory
 
 ROOT = Path(__file__).parent.parent
 needs_8_devices = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -164,25 +166,25 @@ def tiny(optimizer, **changes):
 )
 def test_buffers_are_those_of_the_method_each_as_large_as_the_params(optimizer, names):
     _, program = tiny(optimizer)
-    params = planning.per_device(program.state.params)
+    params = machines.per_device(program.state.params)
     total = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.state.params))
     assert total / 4 <= params < total / 3  # split over 4 devices but for small leaves
-    assert planning.buffers(program.state.opt_state) == dict.fromkeys(names, params)
+    assert plan.buffers(program.state.opt_state) == dict.fromkeys(names, params)
 
 
 @needs_8_devices
 def test_it_fits_exactly_if_the_device_has_as_much_as_xla_says():
-    config, program = tiny("gpa-adamw")
-    target = planning.Target("cpu", jax.devices()[:8], None, "jaxlib")
+    _, program = tiny("gpa-adamw")
+    target = machines.Target("cpu", jax.devices()[:8], None, "jaxlib")
     console = Console(quiet=True)
-    step = planning.compile_step(program, target, "gpa-adamw", console)
+    step = plan.compile_step(program, target, "gpa-adamw", console)
     memory = step.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed += memory.generated_code_size_in_bytes
-    show = partial(planning.show_memory, config, program, memory)
-    assert show(target._replace(memory=needed / planning.GIB), console)
-    assert not show(target._replace(memory=(needed - 1) / planning.GIB), console)
+    show = partial(show_memory, memory, {}, 0)
+    assert show(target._replace(memory=needed / machines.GIB), console)
+    assert not show(target._replace(memory=(needed - 1) / machines.GIB), console)
 
 
 def run_plan(*flags):
@@ -224,7 +226,7 @@ def test_plan_says_what_does_not_fit():
 
 @needs_libtpu
 def test_a_mesh_may_cut_an_axis_of_the_torus():
-    mesh = make_mesh(64, planning.find("v5p:4x4x8").devices)
+    mesh = make_mesh(64, machines.find("v5p:4x4x8").devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 64}
 
 
@@ -251,7 +253,7 @@ def test_plan_compiles_the_step_for_gpus():
 )
 def test_a_machine_that_does_not_exist_is_told_in_one_sentence(target, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        planning.find(target)
+        machines.find(target)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_a_machine_that_does_not_exist_is_told_in_one_sentence(target, message):
     ],
 )
 def test_a_compiler_that_is_missing_is_named(target, command, monkeypatch):
-    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs a compiler that is not installed") as error:
-        planning.find(target)
+        machines.find(target)
     assert command in str(error.value)

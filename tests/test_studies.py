@@ -13,8 +13,8 @@ from benchmarks import report, steps_to_target, transfer
 from benchmarks.ingredients import VARIANTS, effects
 from benchmarks.runs import Result, Store, evaluations, identity, one_run, settled, together
 from benchmarks.steps_to_target import WORKLOADS, finals, parts, rows, shorter, trials
-from examples.command_line import to_json
-from examples.reporting import History
+from examples.config import to_json
+from examples.metrics import History
 
 
 class Imagined(Store):

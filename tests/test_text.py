@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("datasets")
 pytest.importorskip("grain")
 pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,14 +45,12 @@ def corpus(folder, format, documents, files=4):
         if format == "jsonl":
             (folder / f"{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
-            pytest.importorskip("pyarrow")
             import pyarrow
             import pyarrow.parquet
 
             table = pyarrow.Table.from_pylist(rows)
             pyarrow.parquet.write_table(table, folder / f"{i}.parquet", row_group_size=3)
     if format == "hub":
-        pytest.importorskip("datasets")
         return f"hf:{folder}"
     return str(folder)
 
@@ -504,7 +503,6 @@ def test_a_source_of_its_own_to_validate_on(tmp_path):
 
 
 def test_the_validation_split_of_a_hub_dataset_is_what_to_validate_on(tmp_path):
-    pytest.importorskip("datasets")
     for split in ("train", "validation"):
         lines = [json.dumps({"text": f"{split} {i}"}) for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
@@ -544,8 +542,6 @@ def test_the_validation_split_of_a_hub_dataset_is_what_to_validate_on(tmp_path):
     ],
 )
 def test_bad_flags_end_in_one_sentence(tmp_path, settings, named):
-    if str(settings.get("source")).startswith("hf:"):
-        pytest.importorskip("datasets")
     source = corpus(tmp_path / "c", "jsonl", texts(40))
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.bin").write_bytes(b"text")
@@ -601,16 +597,6 @@ def test_a_length_that_validation_cannot_fill_is_named(tmp_path):
     assert len(list(text.validation(10, 1, 0, 1, tokens - 1))) == 1
     with pytest.raises(ValueError, match="--length must be below"):
         text.validation(10, 4, 0, 1, tokens)
-
-
-@pytest.mark.parametrize(("module", "format"), [("datasets", "hub"), ("pyarrow", "parquet")])
-def test_what_is_not_installed_is_named(tmp_path, module, format, monkeypatch):
-    source = corpus(tmp_path / "c", format, texts(30))
-    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=r"pip install 'gpa-optax\[examples,hub\]'"):
-        prepared(source, tmp_path)
 
 
 def test_halves_of_surrogate_pairs_do_not_stop_a_run(tmp_path):

@@ -34,12 +34,14 @@ from programs import (
 from rich.console import Console
 
 from examples import checkpoints, optimizers
-from examples.command_line import begin_anew, from_json, to_json
+from examples.config import from_json, to_json
+from examples.files import read_json
+from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
-from examples.llama.train import TrainLlama
-from examples.optimizers import Settings
-from examples.reporting import History, Report, read_json, records
-from examples.vit.train import TrainViT
+from examples.metrics import History, Report, records
+from examples.run_folder import begin_anew
+from examples.settings import NAMES, Settings, split
+from examples.vit.config import TrainViT
 from gpa_optax import iterates
 
 
@@ -125,7 +127,7 @@ def test_the_last_checkpoints_are_kept_and_the_best(tmp_path, monkeypatch):
     config = llama(tmp_path, steps=24, keep=2)
     # The second evaluation after the start is the best by far.
     losses = iter([9.0, 3.0, 1.0, 5.0, 4.0, 3.0, 2.0])
-    monkeypatch.setattr("examples.training.mean_metrics", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr("examples.train.mean_metrics", lambda *_: {"loss": next(losses)})
     with monkeypatch.context() as patch:
         interrupt_after(13, patch)
         train(config)
@@ -245,7 +247,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path):
 
 
 def test_bfloat16_gradients_are_added_in_float32():
-    from examples.training import accumulate
+    from examples.train import accumulate
 
     def value_and_grad(params, part, key):
         return jnp.float32(0), part
@@ -401,7 +403,7 @@ def test_the_smallest_presets_have_the_recipe_of_the_readme():
     assert (large.schedule, large.average) == ("cosine", "annealed")
 
 
-@pytest.mark.parametrize("name", optimizers.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
     model = dataclasses.replace(SMALL, layers=1)
     config = llama(tmp_path, optimizer=name, model=model, steps=80, settings={"sync_period": 4})
@@ -411,14 +413,14 @@ def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
         state, metrics = program.step(state, batch)
         losses.append(float(metrics["loss"]))
         if len(losses) == 55:  # at the end of the schedule x and y meet
-            x = program.recipe.evaluated(state.opt_state, state.params)
+            x = program.optimizer.eval_params(state.opt_state, state.params)
             same = jax.tree.map(lambda a, b: bool((a == b).all()), x, state.params)
-    x = program.recipe.evaluated(state.opt_state, state.params)
+    x = program.optimizer.eval_params(state.opt_state, state.params)
     rows = {"tokens": batch["tokens"][0], "mask": jnp.ones(8)}
     loss = float(program.evaluate(x, rows)["loss"]) / 8
     assert losses[0] == pytest.approx(np.log(300), abs=0.2)
     assert loss < losses[0] - 1.0
-    plain = optimizers.split(name)[0] == ""
+    plain = split(name)[0] == ""
     assert all(jax.tree.leaves(same)) == plain, "only a plain optimizer is evaluated at its params"
 
 
@@ -433,16 +435,16 @@ def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):
     assert matrices["embed"]["embedding"] is None
     assert matrices["blocks"]["mlp_norm"]["scale"] is None
     # A layer's update does not depend on the gradient of another layer.
-    recipe = optimizers.recipe("muon", Settings(1.0, warmup=0.0, weight_decay=0.0), 100)
+    optimizer = optimizers.named_optimizer("muon", Settings(1.0, warmup=0.0, weight_decay=0.0), 100)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(0), p.shape), state.params)
     scaled = jax.tree.map(lambda g: g, grads)
     up = scaled["blocks"]["mlp"]["up"]["kernel"]
     scaled["blocks"]["mlp"]["up"]["kernel"] = up.at[1].multiply(-1.0)
     updates = []
     for tree in (grads, scaled):
-        opt_state = recipe.optimizer.init(state.params)
+        opt_state = optimizer.init(state.params)
         for _ in range(2):
-            update, opt_state = recipe.optimizer.update(tree, opt_state, state.params)
+            update, opt_state = optimizer.update(tree, opt_state, state.params)
         updates.append(update["blocks"]["mlp"]["up"]["kernel"])
     np.testing.assert_allclose(updates[0][0], updates[1][0], atol=1e-5)
     np.testing.assert_allclose(updates[0][1], -updates[1][1], atol=1e-5)

@@ -1,36 +1,17 @@
 """python -m examples.llama: trains a Llama; export, sample and plan are its other commands."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from rich.console import Console
-
-from examples.command_line import run_command
+from examples.commands import run_command, workload_command
+from examples.llama.config import TrainLlama
 from examples.llama.export import export
 from examples.llama.sampling import sample
-from examples.llama.train import TrainLlama
-from examples.planning import plan
-from examples.run import train_command
+from examples.plan import plan
 
 PROGRAM = "python -m examples.llama"
-
-
-def main(arguments: Sequence[str], console: Console) -> int:
-    match list(arguments):
-        case ["export", *rest]:
-            return export(rest, console)
-        case ["sample", *rest]:
-            return sample(rest, console)
-        case ["plan", *rest]:
-            return plan(TrainLlama, PROGRAM, rest, console)
-        case [name, *_] if not name.startswith("-"):
-            raise ValueError(
-                f"There is no command {name}; there are export, sample and plan. To train, give "
-                f"none: {PROGRAM} --steps 100."
-            )
-        case rest:
-            return train_command(TrainLlama, PROGRAM, rest, console)
-
+OTHERS = {"export": export, "sample": sample, "plan": partial(plan, TrainLlama, PROGRAM)}
+main = workload_command(TrainLlama, PROGRAM, OTHERS)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -13,12 +13,13 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from examples import checkpoints
-from examples.command_line import from_json
+from examples.config import from_json
+from examples.files import read_json
+from examples.llama.config import TrainLlama
 from examples.llama.model import Llama
-from examples.llama.train import TrainLlama
-from examples.reporting import History, read_json
+from examples.metrics import History
 from examples.sharding import make_mesh
-from examples.training import build
+from examples.train import build
 
 Checkpoint = Literal["latest", "best"] | int
 
@@ -60,7 +61,7 @@ def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
             there = ", ".join(map(str, others))
             raise ValueError(f"{error} There are others: --checkpoint {there}.") from None
         state = checkpoints.restore(manager, step, program.state)
-    x = program.recipe.evaluated(state.opt_state, state.params)
+    x = program.optimizer.eval_params(state.opt_state, state.params)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config.model, nnx.Rngs(0))))
     return Trained(config, nnx.merge(graph, x), tokenizer)
 

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
+import pyarrow.parquet
+
 PIECE = 2**14  # bytes of a .txt file that are read as one document
 SPAN = 2**22  # bytes of a .txt or .jsonl file that are a shard: so one large file is many
 # Tests and bundled packages are left out: not every distribution of Python ships them.
@@ -174,12 +177,6 @@ READERS = {".txt": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 def open_parquet(path: Path):
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(
-            f"To read {path}, pip install 'gpa-optax[examples,hub]', which brings pyarrow."
-        ) from None
-    try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
@@ -200,12 +197,8 @@ def field(row: dict[str, Any], column: str, where: str) -> str:
 
 def open_hub(source: str, column: str, flag: str) -> dict[str, Corpus]:
     """The splits of hf:NAME or hf:NAME:CONFIG, by name."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"For {flag} {source}, pip install 'gpa-optax[examples,hub]', which brings datasets."
-        ) from None
+    import datasets  # which takes a second
+
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
         splits = datasets.load_dataset(name, config or None, streaming=True)

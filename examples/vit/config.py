@@ -10,11 +10,11 @@ import optax
 import tyro
 from flax import nnx
 
-from examples.command_line import Distributed
-from examples.optimizers import Name, Settings, default_settings
-from examples.training import Batch, OneRun, Task, Training, check_master_copy
+from examples.config import Distributed, OneRun, Training, check_master_copy
+from examples.settings import Name, Settings, default_settings
 from examples.vit.data import ImageData, Images
 from examples.vit.model import PRESETS, ViT, ViTConfig
+from examples.workload import Batch, Task
 
 Preset = Literal["tiny", "ti16", "s16"]
 

@@ -9,11 +9,11 @@ import optax
 import tyro
 from flax import nnx
 
-from examples.command_line import Distributed
+from examples.config import Distributed, OneRun, Training, check_master_copy
 from examples.llama.data import Text, TextData
 from examples.llama.model import PRESETS, Llama, LlamaConfig
-from examples.optimizers import Name, Settings, default_settings
-from examples.training import Batch, OneRun, Task, Training, check_master_copy
+from examples.settings import Name, Settings, default_settings
+from examples.workload import Batch, Task
 
 Preset = Literal["tiny", "15m", "160m", "1b", "8b"]
 

@@ -1,0 +1,177 @@
+"""One run from its command to its summary; errors in a sentence; exit statuses."""
+
+import ctypes
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+
+import absl.logging
+import jax
+from rich.console import Console
+
+from examples import optimizers, plots
+from examples.config import Distributed, OneRun, parse_run
+from examples.console import say
+from examples.metrics import History, Report
+from examples.run_folder import begin_anew, check_data, check_run, to_store
+from examples.settings import label
+from examples.sharding import make_mesh
+from examples.stopping import End
+from examples.train import train
+from examples.workload import Data
+
+# Orbax would warn of each checkpoint that is saved between two evaluations, and show the whole
+# traceback of an error in its threads, which it raises as well.
+absl.logging.set_verbosity(absl.logging.FATAL)
+
+
+Command = Callable[[Sequence[str], Console], int]
+
+
+def workload_command(kind: type, program: str, others: Mapping[str, Command]) -> Command:
+    """The command that trains; others have a name, which is their first argument."""
+
+    def command(arguments: Sequence[str], console: Console) -> int:
+        name, *rest = arguments or ("--",)
+        if name in others:
+            return others[name](rest, console)
+        if not name.startswith("-"):
+            raise ValueError(
+                f"There is no command {name}: give {' or '.join(others)}, or none to train, as in "
+                f"{program} --steps 100."
+            )
+        return train_command(kind, program, arguments, console)
+
+    return command
+
+
+def train_command(kind: type, program: str, arguments: Sequence[str], console: Console) -> int:
+    """Parses the flags of a workload, trains, and shows what came of it."""
+    config = parse_run(kind, program, arguments)
+    connect(config.distributed)
+    console.quiet = jax.process_index() > 0
+    if not config.resume:
+        begin_anew(config.run, console)
+    end = start_or_resume(config, console)
+    runs = {label(config.optimizer): History.read(config.run)}
+    if jax.process_index() == 0 and all(history.validation for history in runs.values()):
+        plots.plot(runs, config.run / "summary.png")
+        console.print(plots.results_table(runs, config.steps))
+    say(console, f"Curves: {config.run}/summary.png. Numbers: {config.run}/metrics.jsonl.")
+    return ended(config, end, console)
+
+
+def ended(config: OneRun, end: End, console: Console) -> int:
+    """The exit status; says how to go on."""
+    if end.done == config.steps:
+        return 0
+    how = "the same command" if config.resume else "the same command without --no-resume"
+    say(console, f"Stopped after step {end.done}; {how} goes on from there.")
+    return end.status
+
+
+def start_or_resume(config: OneRun, console: Console, data: Data | None = None) -> End:
+    """Trains, or goes on with the run in `config.run`; what it measures is in its folder.
+
+    Args:
+      config: a workload's configuration of one run.
+      console: shows the progress.
+      data: the opened data, if there is any already.
+
+    Returns:
+      The updates made in all, and what stopped them.
+
+    Raises:
+      ValueError: if flags or data do not fit, before anything is compiled.
+      Exception: what `train` raises.
+    """
+    if data is None:
+        with console.status("Opening the data"):
+            data = config.open_data()
+        say(console, data.description)
+    config = config.fitted(data)
+    check_run(config)
+    check_data(config.run, data.files)
+    task, mesh = config.task(), make_mesh(config.fsdp)
+    report = Report(
+        config.run,
+        console,
+        title=label(config.optimizer),
+        steps=config.steps,
+        log_every=config.log_every,
+        unit=task.unit,
+        units_per_step=task.units * config.batch_size,
+        learning_rate=optimizers.schedule(config.settings, config.steps),
+        files={"config.json": to_store(config), **data.files},
+    )
+    try:
+        return train(config, task, data, mesh, report, **config.data_options)
+    finally:
+        report.close()
+
+
+def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; what the user can put right ends in one sentence and exit status 2, numbers
+    that are not finite in one and status 3."""
+    console = Console()
+    keep_memory()
+    try:
+        return command(sys.argv[1:] if arguments is None else list(arguments), console)
+    except (ValueError, OSError, FloatingPointError) as error:
+        who = f"Process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
+        # Not the command's console, which is quiet in all processes but one.
+        say(Console(stderr=True, style="red"), f"{who}{error}")
+        status = 3 if isinstance(error, FloatingPointError) else 2
+    except KeyboardInterrupt:
+        console.print("\nInterrupted.")
+        status = 130
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if jax.distributed.is_initialized():
+        # At a normal exit JAX would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def connect(flags: Distributed) -> None:
+    """Joins the processes; must be called before anything else touches jax's devices.
+
+    When a process is gone, JAX ends the others after `heartbeat_timeout_seconds`.
+
+    Raises:
+      ValueError: if flags contradict each other or the processes do not meet.
+    """
+    given = [value is not None for value in (flags.coordinator, flags.processes, flags.process)]
+    if not flags.distributed:
+        if any(given):
+            raise ValueError("--coordinator, --processes and --process need --distributed.")
+        return
+    if any(given) and not all(given):
+        raise ValueError("Give --coordinator, --processes and --process together, or none.")
+    try:
+        jax.distributed.initialize(
+            flags.coordinator, flags.processes, flags.process, heartbeat_timeout_seconds=25
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--distributed: {error}") from error
+
+
+def keep_memory() -> None:
+    """Has the memory of a step kept for the next one.
+
+    glibc gives large blocks back to the system, which clears them again when they are next used.
+    `python -m benchmarks.train_step` with and without --keep-memory shows what that takes.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-8, 1)  # M_ARENA_MAX: the limits below are those of the one arena
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        mallopt(-2, 2**26)  # M_TOP_PAD, in bytes

@@ -1,0 +1,110 @@
+"""What the folder of a run says of its flags and its data, and whether they are the same when a
+command comes back to it."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from examples.config import decisive, to_json
+from examples.console import say
+from examples.files import free_name, read_json
+from examples.settings import Settings, flag, in_updates, without_effect
+
+PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
+
+
+def to_store(config: Any) -> dict[str, Any]:
+    """What is written beside a run: the whole configuration, and the versions behind it."""
+    return {"config": to_json(config), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def begin_anew(folder: Path, console: Console) -> None:
+    """Renames a folder that is there, so that nothing in it is lost."""
+    if folder.exists() and jax.process_index() == 0:
+        renamed = free_name(folder)
+        folder.rename(renamed)
+        say(console, f"{folder} is {renamed} now.")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"begin anew in {folder}")
+
+
+def check_run(config: Any) -> None:
+    """Checks that the run folder, if there is one, was begun with this configuration: but for
+    --steps, of which there may be more if nothing else in the run depends on their number.
+
+    Raises:
+      ValueError: if the folder holds a run with other flags, or one that cannot be made longer.
+    """
+    path = config.run / "config.json"
+    if not path.exists():
+        return
+    stored, given = read_json(path)["config"], to_json(config)
+    before, now = lasting(stored), lasting(given)
+    same = "give the same flags to go on with it, another --run, or --no-resume to rename it and "
+    same += "start anew."
+    begun = f"{config.run} holds a run that was begun with"
+    old, new = before.pop("steps", None), now.pop("steps")
+    if old != new and now["settings.schedule"] == before.get("settings.schedule") != "constant":
+        raise ValueError(
+            f"{begun} --steps {old}, not {new}, and its --schedule {now['settings.schedule']} "
+            f"depends on their number; {same}"
+        )
+    for name in sorted(before.keys() | now.keys()):
+        was, would_be = before.get(name), now.get(name)
+        if was == would_be:
+            continue
+        field = name.removeprefix("settings.")
+        by_length = {"warmup": "warmup", "mu_y_warmup": "mu_y_warmup", "mu_x": "window"}
+        part = given["settings"].get(by_length.get(field))
+        if old != new and part is not None and part == stored["settings"][by_length[field]]:
+            number = int(was) if was == int(was) else was
+            raise ValueError(
+                f"{begun} --steps {old}, of which {flag(by_length[field])} {part:g} is a part: to "
+                f"make it longer with the same schedule, give {flag(field)} {number}."
+            )
+        raise ValueError(f"{begun} {flag(field)} {was}, not {would_be}; {same}")
+    if old is None or new < old:
+        raise ValueError(f"{begun} --steps {old}, and cannot be made shorter, got {new}; {same}")
+
+
+def lasting(stored: dict[str, Any]) -> dict[str, Any]:
+    """The flags on which each step of a run depends, so that equal ones make equal steps whatever
+    --steps is."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in stored["settings"].items() if k in known})
+    settings = in_updates(settings, stored["steps"])
+    unused = without_effect(stored["optimizer"], settings)
+    used = {k: v for k, v in dataclasses.asdict(settings).items() if k not in unused}
+    return decisive({**stored, "settings": used})
+
+
+def check_data(folder: Path, files: Mapping[str, Any]) -> None:
+    """Checks that the data still is what the run was begun with: its tokenizer, its classes.
+
+    Raises:
+      ValueError: if it has changed since.
+    """
+    for name, content in files.items():
+        path = folder / name
+        if path.exists() and read_json(path) != content:
+            raise ValueError(
+                f"{folder} holds a run that was begun with other data, as its {name} shows; give "
+                "that data to go on with it, another --run, or --no-resume to rename it and start "
+                "anew."
+            )

@@ -19,6 +19,8 @@ from examples.files import free_name, read_json
 from examples.settings import Settings, flag, in_updates, without_effect
 
 PACKAGES = ("gpa-optax", "jax", "jaxlib", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
+# Settings that are numbers of updates, and the flag that gives them as a part of the run.
+PARTS = {"warmup": "warmup", "mu_y_warmup": "mu_y_warmup", "mu_x": "window"}
 
 
 def to_store(config: Any) -> dict[str, Any]:
@@ -54,8 +56,9 @@ def check_run(config: Any) -> None:
     path = config.run / "config.json"
     if not path.exists():
         return
-    stored, given = read_json(path)["config"], to_json(config)
-    before, now = lasting(stored), lasting(given)
+    stored = read_json(path)["config"]
+    before, now = lasting(stored), lasting(to_json(config))
+    given = dataclasses.asdict(config.settings)
     same = "give the same flags to go on with it, another --run, or --no-resume to rename it and "
     same += "start anew."
     begun = f"{config.run} holds a run that was begun with"
@@ -70,13 +73,12 @@ def check_run(config: Any) -> None:
         if was == would_be:
             continue
         field = name.removeprefix("settings.")
-        by_length = {"warmup": "warmup", "mu_y_warmup": "mu_y_warmup", "mu_x": "window"}
-        part = given["settings"].get(by_length.get(field))
-        if old != new and part is not None and part == stored["settings"][by_length[field]]:
+        if field in PARTS and stored["settings"][field] != was and given[field] != would_be:
+            part = f"{flag(PARTS[field])} {given[PARTS[field]]:g}"
             number = int(was) if was == int(was) else was
             raise ValueError(
-                f"{begun} --steps {old}, of which {flag(by_length[field])} {part:g} is a part: to "
-                f"make it longer with the same schedule, give {flag(field)} {number}."
+                f"{begun} --steps {old}, of which {part} is a part: to make it longer with the "
+                f"same schedule, give {flag(field)} {number}."
             )
         raise ValueError(f"{begun} {flag(field)} {was}, not {would_be}; {same}")
     if old is None or new < old:

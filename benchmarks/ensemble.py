@@ -256,7 +256,7 @@ def structure(member: Member) -> Member:
     return dataclasses.replace(member, seed=0, learning_rate=1.0, weight_decay=0.1, knobs=static)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def program(like: Member, together: bool, at_y: bool) -> Program:
     """For all members of a structure."""
     config, length = like.workload.model, like.workload.length
@@ -312,8 +312,14 @@ def starts(member: Member, count: int) -> np.ndarray:
             f"tokens have {there:,} of {length}: train for at most {there // batch:,} steps, or "
             "make a larger corpus."
         )
-    order = np.random.default_rng(member.seed).permutation(there)
-    return (order[:needed] * length).astype(np.int32).reshape(member.steps, batch)
+    order = shuffled(member.seed, there)
+    return (order[:needed] * length).reshape(member.steps, batch)
+
+
+@functools.lru_cache(maxsize=8)
+def shuffled(seed: int, count: int) -> np.ndarray:
+    """The order of so many windows; the members of a group have few seeds, each many times."""
+    return np.random.default_rng(seed).permutation(count).astype(np.int32)
 
 
 def held_out_windows(workload: Workload, tokens: np.ndarray) -> np.ndarray:

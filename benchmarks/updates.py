@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from optax import contrib
 
-from examples.llama.model import PRESETS, Llama
+from examples.llama.model import PRESETS, Llama, LlamaConfig
 from examples.optimizers import hidden_matrices
 from gpa_optax import gpa, gpa_adamw, gpa_muon, single_worker_diloco
 
@@ -107,9 +107,10 @@ def torch_optimizers() -> dict[str, Callable[[list], Any]]:
     return found
 
 
-def shapes(preset: str) -> Any:
+def shapes(preset: str | LlamaConfig) -> Any:
     """The params of a Llama, as shapes."""
-    model = nnx.eval_shape(lambda: Llama(PRESETS[preset], nnx.Rngs(0)))
+    config = PRESETS[preset] if isinstance(preset, str) else preset
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 

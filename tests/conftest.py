@@ -1,3 +1,4 @@
+import math
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,16 @@ def x64():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def programs_are_not_stored():
+    """The cache of compiled programs could not load those for machines that are not here."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    yield
+    jax.config.update(name, before)
 
 
 def run(optimizer, params, gradient, steps):

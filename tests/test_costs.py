@@ -91,16 +91,6 @@ def test_with_the_sequential_scheduler_temporaries_are_within_the_largest_leaf()
     assert temporary <= largest
 
 
-@pytest.fixture
-def programs_are_not_stored():
-    """The cache of compiled programs could not load those for machines that are not here."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    yield
-    jax.config.update(name, before)
-
-
 @pytest.mark.usefixtures("programs_are_not_stored")
 @pytest.mark.parametrize("name", ["gpa", "gpa b1=0"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import QUICK
 from benchmarks.accelerator.worker import PARTS, work
+from benchmarks.corpus import FOLDER as FOLDER_OF_TEXT
 
 FOLDER = Path("benchmarks/results/accelerator")
 # What JAX takes of a GPU's memory when it first meets it.
@@ -36,7 +37,8 @@ def main() -> int:
         deadline = time.time() + share * (end - time.time())
         os.environ[MEMORY] = given or str(PARTS[part].MEMORY)
         process = context.Process(
-            target=work, args=(part, flags.out, flags.quick, flags.again, began, deadline)
+            target=work,
+            args=(part, flags.out, flags.corpus, flags.quick, flags.again, began, deadline),
         )
         process.start()
         process.join(max(0.0, deadline - time.time()) + GRACE)
@@ -56,6 +58,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true",
         help=f"the short form, also on a CPU; its results go to {QUICK / FOLDER.name}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--corpus", type=Path, default=FOLDER_OF_TEXT,
+        help=f"what python -m benchmarks.corpus made, for the part gain (default {FOLDER_OF_TEXT})",
     )  # fmt: skip
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, in this order"

@@ -1,6 +1,13 @@
 """What the measurements should give, on paper: operations and bytes against a GPU's peaks."""
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from examples.llama.model import LlamaConfig, training_flops
 
 
 class Peaks(NamedTuple):
@@ -31,6 +38,10 @@ class Work(NamedTuple):
     dtype: str = "bfloat16"
     """Of the matrices."""
 
+    def more(self, moved: float) -> "Work":
+        """And so many bytes besides."""
+        return self._replace(bytes=self.bytes + moved)
+
     def seconds(self, peaks: Peaks | None) -> float | None:
         """How long it should take, one after the other; None if nothing is known of the GPU."""
         if peaks is None:
@@ -42,3 +53,40 @@ class Work(NamedTuple):
 def peaks_of(kind: str) -> Peaks | None:
     """Of a device by the name that JAX gives it."""
     return next((peaks for name, peaks in PEAKS.items() if name in kind), None)
+
+
+def backward(config: LlamaConfig, sequences: int, length: int, params: int) -> Work:
+    """Of a forward and backward pass.
+
+    Bytes are those of the large arrays. XLA keeps attention's scores in memory: in float32 for the
+    softmax, in the precision of the computation after it. Written, copied by the scan over blocks
+    to where the backward pass finds them, read again, and with their derivatives, they are some 64
+    bytes a score. Logits, with float32 for the loss and its derivative, are 34 bytes each. What a
+    block keeps, ten arrays of the model's width and three of SwiGLU's, is moved six times.
+    """
+    width, tokens = jnp.dtype(config.dtype).itemsize, sequences * length
+    scores = config.layers * sequences * config.heads * length**2
+    kept = config.layers * tokens * (10 * config.dim + 3 * config.hidden)
+    moved = 64 * scores + 34 * tokens * config.vocab_size + 6 * kept * width
+    # Params are read and cast, for each of the passes; gradients are written.
+    moved += params * (4 + 2 * width + 4)
+    return Work(moved, training_flops(config, sequences, length), config.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Under what a part measures."""
+
+    folder: Path
+    """For results."""
+    corpus: Path
+    quick: bool
+    peaks: Peaks | None
+    deadline: float
+    """By the clock of `time.time`: nothing begins after it."""
+    say: Callable[[str], None]
+    """Tells the progress."""
+
+
+class LeftOut(Exception):
+    """Why something is not measured now."""

@@ -79,12 +79,16 @@ class Results:
         every = self.content["measurements"]
         return {name: found for name, found in every.items() if "failed" not in found}
 
+    def has(self, name: str) -> bool:
+        """Whether a measurement was made whole."""
+        return not self.measurements.get(name, {"partial": True}).get("partial")
+
     def add(self, name: str, found: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.content["measurements"][name] = {"date": now, **found}
         self.write()
 
-    def finish(self, left_out: list[str], bars: list[Bar]) -> None:
+    def finish(self, left_out: dict[str, str], bars: list[Bar]) -> None:
         self.content |= {"left_out": left_out, "bars": [bar.to_json() for bar in bars]}
         self.write()
 

@@ -17,7 +17,7 @@ from optax import contrib
 
 from benchmarks import oracle
 from benchmarks.accelerator import update
-from benchmarks.accelerator.plan import Peaks
+from benchmarks.accelerator.plan import Conditions, Peaks
 from benchmarks.accelerator.results import Bar
 from benchmarks.kernels import kernels
 from gpa_optax import gpa, iterates
@@ -60,11 +60,11 @@ def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]
     return {}
 
 
-def measure(measurement: str, quick: bool, peaks: Peaks | None, deadline: float) -> dict[str, Any]:
+def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     if measurement == KERNELS:
-        return kernels_of_an_update("tiny" if quick else "160m")
+        return kernels_of_an_update("tiny" if under.quick else "160m")
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        found = list(pool.map(judged, cases(measurement, quick)))
+        found = list(pool.map(judged, cases(measurement, under.quick)))
     return {"steps": STEPS, "tolerance": TOLERANCE, "cases": found}
 
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from benchmarks.accelerator import timing
-from benchmarks.accelerator.plan import Peaks, Work
+from benchmarks.accelerator.plan import Conditions, Peaks, Work, backward
 from benchmarks.accelerator.results import Bar
 from benchmarks.updates import DECAY, RATE, entries, shapes
 from examples.llama.model import PRESETS, Llama, training_flops
@@ -47,29 +47,14 @@ def parsed(measurement: str) -> tuple[str, int]:
 
 
 def work(preset: str, sequences: int) -> dict[str, Work]:
-    """Of a step with each optimizer, and of its forward and backward pass alone.
-
-    Bytes are those of the large arrays. XLA keeps attention's scores in memory: in float32 for the
-    softmax, in the precision of the computation after it. Written, copied by the scan over blocks
-    to where the backward pass finds them, read again, and with their derivatives, they are some 64
-    bytes a score. Logits, with float32 for the loss and its derivative, are 34 bytes each. What a
-    block keeps, ten arrays of the model's width and three of SwiGLU's, is moved six times.
-    """
-    config, length = PRESETS[preset], LENGTH[preset == "tiny"]
-    width = jnp.dtype(config.dtype).itemsize
-    tokens = sequences * length
-    scores = config.layers * sequences * config.heads * length**2
-    kept = config.layers * tokens * (10 * config.dim + 3 * config.hidden)
-    moved = 64 * scores + 34 * tokens * config.vocab_size + 6 * kept * width
-    operations = training_flops(config, sequences, length)
+    """Of a step with each optimizer, and of its forward and backward pass alone."""
     params = entries(shapes(preset))
-    # Params are read and cast, for each of the passes; gradients are written.
-    moved += params * (4 + 2 * width + 4)
+    passes = backward(PRESETS[preset], sequences, LENGTH[preset == "tiny"], params)
     # Clipping reads the gradients once more.
     optimizers = {"AdamW": 4 * (7 + 1), "GPA-AdamW": 4 * (9 + 1)}
     return {
-        BACKWARD: Work(moved, operations),
-        **{name: Work(moved + params * n, operations) for name, n in optimizers.items()},
+        BACKWARD: passes,
+        **{name: passes.more(params * n) for name, n in optimizers.items()},
     }
 
 
@@ -96,7 +81,7 @@ def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return found
 
 
-def measure(measurement: str, quick: bool, peaks: Peaks | None, deadline: float) -> dict[str, Any]:
+def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     preset, sequences = parsed(measurement)
     while True:
         fitting = f"{preset}, {sequences} sequences"
@@ -108,15 +93,15 @@ def measure(measurement: str, quick: bool, peaks: Peaks | None, deadline: float)
             if timing.reason(error) != timing.OUT_OF_MEMORY or sequences == 1:
                 raise
             sequences //= 2
-    product = timing.product_of(256 if quick else 8192)
-    rounds, row = (3, 0.01) if quick else (9, 0.3)
-    times, failed = timing.take_turns([product, *contenders.values()], rounds, row, deadline)
+    product = timing.product_of(256 if under.quick else 8192)
+    rounds, row = (3, 0.01) if under.quick else (9, 0.3)
+    times, failed = timing.take_turns([product, *contenders.values()], rounds, row, under.deadline)
 
-    length = LENGTH[quick]
+    length = LENGTH[under.quick]
     operations = training_flops(PRESETS[preset], sequences, length)
     products = timing.quartiles(times.pop(product.name))
     peak = 2 * product.rest[0].shape[0] ** 3 / products[1]
-    paper = expected(fitting, peaks)
+    paper = expected(fitting, under.peaks)
     found = {
         "sequences": sequences,
         "length": length,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.accelerator import right, step, update
+from benchmarks.accelerator import gain, right, step, update
 from benchmarks.accelerator.plan import PEAKS
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
@@ -31,7 +31,7 @@ def measured(folder: Path, part: str) -> list[Measured]:
             known = newest.get((device, name))
             if "failed" not in found and (known is None or known.found["date"] < found["date"]):
                 newest[device, name] = one
-    module = {"right": right, "update": update, "step": step}[part]
+    module = {"right": right, "update": update, "step": step, "gain": gain}[part]
     order = module.measurements(False)
     return sorted(newest.values(), key=lambda one: (one.device, order.index(one.name)))
 
@@ -40,13 +40,13 @@ def plan(folder: Path) -> Table:
     """What an H100 has to do, how long that should take, and what it took."""
     headings = ("", "", "operations", "bytes", "expected, ms", "measured on an H100, ms")
     lines = []
-    for part, module in (("update", update), ("step", step)):
+    for part, module in (("update", update), ("step", step), ("gain", gain)):
         here = {one.name: one for one in measured(folder, part) if "H100" in one.device}
         for name in module.measurements(False):
             found = here[name].found if name in here else {}
             # A batch that did not fit was halved: then it is not what was planned.
-            planned = str(found.get("sequences", "")) in name
-            rows = found[f"{part}s"] if found and planned else {}
+            whole = str(found.get("sequences", "")) in name and not found.get("partial")
+            rows = found[f"{part}s"] if found and whole else {}
             for what, work in module.expected(name, PEAKS["H100"]).items():
                 lines.append(
                     [
@@ -54,11 +54,21 @@ def plan(folder: Path) -> Table:
                         f"`{what}`" if part == "update" else what,
                         amount(work["operations"]),
                         amount(work["bytes"]),
-                        f"{1e3 * work['seconds']:.2f}",
-                        f"{1e3 * rows[what]['seconds'][1]:.2f}" if what in rows else "not yet",
+                        milliseconds(work["seconds"]),
+                        milliseconds(median(rows[what])) if what in rows else "not yet",
                     ]
                 )
     return headings, lines
+
+
+def median(row: dict[str, Any]) -> float:
+    """Of the seconds of what was repeated; what was not has one number."""
+    seconds = row["seconds"]
+    return seconds[1] if isinstance(seconds, list) else seconds
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds > 10 else f"{1e3 * seconds:,.2f}"
 
 
 def amount(number: float) -> str:
@@ -151,11 +161,51 @@ def steps(folder: Path) -> Table:
     return headings, lines
 
 
+def gains(folder: Path) -> Table:
+    headings = (
+        "device, date", "model, steps", "", "learning rate", "loss at the end", "against AdamW",
+        "saves", "at twice AdamW's rate, saves", "seeds",
+    )  # fmt: skip
+    lines = []
+    for one in measured(folder, "gain"):
+        found = one.found["contrasts"]
+        for name, row in found.items():
+            rule, beside = row.get("by_rule"), ["", "", ""]
+            if rule:
+                beside = [difference(row), saving(row), f"{difference(rule)}, {saving(rule)}"]
+            lines.append(
+                [
+                    f"{one.device}, {one.date}",
+                    one.name,
+                    name,
+                    f"{row['learning_rate']:.3g}",
+                    f"{row['final']:.4f}",
+                    *beside,
+                    f"{found[gain.BASELINE]['seeds']}",
+                ]
+            )
+    return headings, lines
+
+
+def difference(row: dict[str, Any]) -> str:
+    interval = row.get("interval")
+    ends = f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else ""
+    return f"{row['difference']:+.4f}{ends}"
+
+
+def saving(row: dict[str, Any]) -> str:
+    if "saving" not in row:
+        return "diverged"
+    interval = row.get("saving_interval")
+    ends = f" ({interval[0]:.0%} to {interval[1]:.0%})" if interval else ""
+    return f"{row['saving']:.1%}{ends}"
+
+
 def bars(folder: Path) -> Table:
     """What was asked for, beside what was measured."""
     headings = ("device, date", "", "wanted", "measured", "")
     lines = []
-    for part, module in (("right", right), ("update", update)):
+    for part, module in (("right", right), ("update", update), ("gain", gain)):
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for one in measured(folder, part):
             found.setdefault((one.device, one.date), {})[one.name] = one.found
@@ -176,4 +226,5 @@ TABLES = {
     "accelerator-kernels": kernels,
     "accelerator-updates": updates,
     "accelerator-steps": steps,
+    "accelerator-gains": gains,
 }

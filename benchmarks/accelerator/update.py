@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optax import contrib
 
 from benchmarks.accelerator import timing
-from benchmarks.accelerator.plan import Peaks, Work
+from benchmarks.accelerator.plan import Conditions, Peaks, Work
 from benchmarks.accelerator.results import Bar
 from benchmarks.kernels import kernels
 from benchmarks.updates import (
@@ -109,19 +109,19 @@ def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     }
 
 
-def measure(measurement: str, quick: bool, peaks: Peaks | None, deadline: float) -> dict[str, Any]:
+def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     family, preset, dtype = measurement.split(", ")
     params = shapes(preset)
-    copied = 2**24 if quick else 2**32
+    copied = 2**24 if under.quick else 2**32
     jitted = optax_updates(measurement)
     contenders = [timing.copy_of(copied), *jitted]
     if family == "adamw":
         contenders += [TorchUpdate(name, params, dtype) for name in TORCH_ADAMW]
-    rounds, row = (3, 0.005) if quick else (7, 0.1)
-    times, failed = timing.take_turns(contenders, rounds, row, deadline)
+    rounds, row = (3, 0.005) if under.quick else (7, 0.1)
+    times, failed = timing.take_turns(contenders, rounds, row, under.deadline)
 
     copies = timing.quartiles(times.pop("copy"))
-    size, paper = entries(params), expected(measurement, peaks)
+    size, paper = entries(params), expected(measurement, under.peaks)
     found = {
         "params": size,
         "leaves": len(jax.tree.leaves(params)),

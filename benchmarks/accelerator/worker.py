@@ -6,19 +6,22 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.accelerator import right, step, timing, update
-from benchmarks.accelerator.plan import peaks_of
+from benchmarks.accelerator import gain, right, step, timing, update
+from benchmarks.accelerator.plan import Conditions, LeftOut, peaks_of
 from benchmarks.accelerator.results import Bar, Results, device
 
-PARTS: dict[str, ModuleType] = {"right": right, "update": update, "step": step}
+PARTS: dict[str, ModuleType] = {"right": right, "update": update, "step": step, "gain": gain}
 
 
-def work(name: str, folder: Path, quick: bool, again: bool, began: float, deadline: float) -> None:
+def work(
+    name: str, folder: Path, corpus: Path, quick: bool, again: bool, began: float, deadline: float
+) -> None:
     """Makes the measurements of a part that its file does not have yet.
 
     Ends the process with status 1 if the device computes something wrong, or a measurement fails.
 
     Args:
+      corpus: the folder that benchmarks.corpus made.
       began: when the whole command did, which is told beside what is measured.
       deadline: no measurement begins after it.
     """
@@ -33,18 +36,21 @@ def work(name: str, folder: Path, quick: bool, again: bool, began: float, deadli
             print(f"{time.time() - began:5.0f} s  {name:<6}  {line}", flush=True)
 
     say(f"{where['kind']}: {results.path}")
-    left_out, failed = [], False
+    under = Conditions(folder, corpus, quick, peaks_of(where["kind"]), deadline, say)
+    left_out, failed = {}, False
     for measurement in part.measurements(quick):
-        if measurement in results.measurements:
+        if results.has(measurement):
             say(f"{measurement}: measured before")
             continue
-        if time.time() >= deadline:
-            left_out.append(measurement)
-            continue
-        say(f"{measurement} ...")
         try:
-            found = part.measure(measurement, quick, peaks_of(where["kind"]), deadline)
+            if time.time() >= deadline:
+                raise LeftOut("no time was left")
+            say(f"{measurement} ...")
+            found = part.measure(measurement, under)
             say(part.told(found))
+        except LeftOut as reason:
+            left_out[measurement] = str(reason)
+            continue
         except Exception as error:
             traceback.print_exc()
             found, failed = {"failed": timing.reason(error)}, True
@@ -53,8 +59,8 @@ def work(name: str, folder: Path, quick: bool, again: bool, began: float, deadli
     results.finish(left_out, bars)
     for bar in bars:
         say(str(bar))
-    if left_out:
-        say(f"no time was left for: {'; '.join(left_out)}")
+    for measurement, reason in left_out.items():
+        say(f"left out: {measurement}: {reason}")
     if failed or wrong(bars):
         raise SystemExit(1)
 

@@ -1,0 +1,400 @@
+"""What GPA brings by the length of the run and the size of the model: many members at once.
+
+AdamW with a line to 0, the two forms that the README offers, and Schedule-Free, each at as many
+learning rates and on the same seeds: one group of members an optimizer, trained at once. The first
+seed tunes, with the fifth if there are so many; the others are shown. Members are stored one by one
+in members.jsonl, and those that are there are not made again.
+
+How fast the device is, is measured by what was trained so far; only groups that will end in the
+time that is left are begun, with as many seeds as fit.
+"""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import functools
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import corpus, ensemble, statistics
+from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work, backward
+from benchmarks.accelerator.results import Bar, device, versions
+from benchmarks.corpus import Tokens
+from benchmarks.ensemble import Member, Result, Workload
+from benchmarks.members import Members
+from benchmarks.studies import FRESH, TUNING
+from benchmarks.updates import entries, shapes
+from examples.llama.model import LlamaConfig
+
+SHARE = 230  # of the time of all parts
+MEMORY = 0.9  # of the GPU's, for JAX
+BASELINE = "adamw"
+# The learning rates of each, in units of those of AdamW: the rule is twice AdamW's.
+OPTIMIZERS = {BASELINE: 1, "annealed": 2, "anytime": 2, "schedule-free-adamw": 2}
+WARMUP = 0.2
+SEEDS = (TUNING[0], *FRESH[:3], TUNING[1], *FRESH[3:6])
+COMPILERS = 8
+FILE = "members.jsonl"
+ALL = "all members"
+# Of the corpus, held out and not: to compile for a machine that is not here.
+TOKENS = (77_064_062, 7_533_237)
+GOALS = {
+    "0.125M, 1,000 steps": 0.20, "0.125M, 4,000 steps": 0.15, "0.125M, 8,000 steps": 0.10,
+}  # fmt: skip
+
+
+class Size(NamedTuple):
+    """A model, and what it is trained for."""
+
+    workload: Workload
+    rates: tuple[float, ...]
+    """Learning rates of AdamW."""
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...] = (8, 4, 2)
+    """So many, if they fit in the time, or fewer."""
+    at_once: int = 32
+    """Members that fit into the memory of an H100."""
+
+
+def llama(dim: int, layers: int, heads: int, hidden: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(512, dim, layers, heads, heads, hidden, **more)
+
+
+SIZES = {
+    "0.125M": Size(Workload(), (4e-3, 8e-3, 1.6e-2, 3.2e-2), (1000, 2000, 4000, 8000, 16_000)),
+    # 20 tokens a parameter.
+    "1M": Size(
+        Workload(llama(128, 5, 4, 352), batch_size=64), (2e-3, 4e-3, 8e-3, 1.6e-2), (5000,)
+    ),
+    # 34M tokens.
+    "16M": Size(
+        Workload(llama(384, 9, 6, 1024, dtype="bfloat16"), length=256, batch_size=64),
+        (1e-3, 2e-3, 4e-3), (2100,), (2, 1), at_once=3,
+    ),
+    "30M": Size(
+        Workload(llama(512, 9, 8, 1408, dtype="bfloat16"), length=256, batch_size=64),
+        (1e-3, 2e-3, 4e-3), (2100,), (2, 1), at_once=3,
+    ),
+}  # fmt: skip
+REHEARSAL = {
+    "4k": Size(
+        Workload(LlamaConfig(257, 16, 1, 2, 1, 32), length=16, batch_size=4),
+        (1e-2, 2e-2), (50,), (4, 2),
+    ),
+}  # fmt: skip
+
+
+def measurements(quick: bool) -> list[str]:
+    """Size of the model, and steps."""
+    sizes = REHEARSAL if quick else SIZES
+    return [f"{name}, {steps:,} steps" for name, size in sizes.items() for steps in size.steps]
+
+
+def parsed(measurement: str) -> tuple[Size, int]:
+    name, _, rest = measurement.partition(", ")
+    return {**SIZES, **REHEARSAL}[name], int(rest.split()[0].replace(",", ""))
+
+
+def optimizers(measurement: str) -> list[str]:
+    """All, and two in a rehearsal."""
+    return list(OPTIMIZERS)[: 2 if measurement in measurements(quick=True) else None]
+
+
+def members(measurement: str, optimizer: str, seeds: Sequence[int] = SEEDS) -> list[Member]:
+    """All of an optimizer, seed by seed."""
+    size, steps = parsed(measurement)
+    return [
+        Member(optimizer, steps, seed, OPTIMIZERS[optimizer] * rate, WARMUP, workload=size.workload)
+        for seed, rate in itertools.product(seeds, size.rates)
+    ]
+
+
+def step(workload: Workload) -> Work:
+    """Of one step of one member, with AdamW and GPA."""
+    params = entries(shapes(workload.model))
+    passes = backward(workload.model, workload.batch_size, workload.length, params)
+    return passes.more(params * 4 * (9 + 1))
+
+
+def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]:
+    """On paper: all members."""
+    size, steps = parsed(measurement)
+    count = steps * size.seeds[0] * len(size.rates) * len(optimizers(measurement))
+    one = step(size.workload)
+    work = one._replace(bytes=count * one.bytes, operations=count * one.operations)
+    row = {"bytes": work.bytes, "operations": work.operations, "seconds": work.seconds(peaks)}
+    return {ALL: row}
+
+
+def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The jitted functions of the first group of each optimizer, and their arguments' shapes."""
+    found = {}
+    for group in groups(measurement, parsed(measurement)[0].seeds[0]):
+        for name, program in programs_of(group, *TOKENS).items():
+            found.setdefault(f"{group[0].optimizer}, {name}", program)
+    return found
+
+
+def programs_of(
+    group: Sequence[Member], train: int, held_out: int
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Those of a group, on so many tokens."""
+    like, count = ensemble.structure(group[0]), len(group)
+    batch, length = like.workload.batch_size, like.workload.length
+    initial, advance, evaluate = ensemble.program(like, count > 1, False)
+    axes = (count,) if count > 1 else ()
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    numbers = {n: array(jnp.float32, *axes) for n in ensemble.TRACED if n in like.settings}
+    seeds = array(jnp.uint32, *axes)
+    state = jax.eval_shape(initial, seeds, numbers)
+    unit = math.gcd(*ensemble.evaluations(like.steps))
+    starts, text = array(jnp.int32, *axes, unit, batch), array(jnp.uint16, train)
+    parts = array(jnp.int32, ensemble.ON_THE_WAY // 64, 64, length + 1)
+    last = min(ensemble.HELD_OUT // 64, (held_out - 1) // length // 64)
+    return {
+        "initial": (initial, (seeds, numbers)),
+        "advance": (advance, (state, numbers, starts, text)),
+        "evaluate": (evaluate, (state, numbers, parts)),
+        "evaluate at the end": (evaluate, (state, numbers, array(jnp.int32, last, 64, length + 1))),
+    }
+
+
+def groups(measurement: str, seeds: int, made: Mapping[str, Any] = {}) -> list[list[Member]]:
+    """What is trained at once, without what was made, so that seeds are complete early."""
+    size, _ = parsed(measurement)
+    at_once = max(1, size.at_once // len(size.rates))
+    found = []
+    for start in range(0, seeds, at_once):
+        some = SEEDS[start : min(start + at_once, seeds)]
+        for optimizer in optimizers(measurement):
+            group = members(measurement, optimizer, some)
+            found.append([member for member in group if member.identity not in made])
+    return [group for group in found if group]
+
+
+def measure(measurement: str, under: Conditions) -> dict[str, Any]:
+    here = training(under.folder, under.corpus, under.quick)
+    size, _ = parsed(measurement)
+    plan = here.plan(measurement, under.deadline - time.time(), under.peaks)
+    if plan:
+        here.compile_ahead(plan)
+        following = measurements(under.quick)
+        following = following[following.index(measurement) + 1 :]
+        left = under.deadline - time.time() - sum(here.seconds(g, under.peaks) for g in plan)
+        here.compile_ahead(here.plan(following[0], left, under.peaks) if following else [])
+    elif here.missing(measurement):
+        (first, *_) = groups(measurement, size.seeds[-1], here.made)
+        takes, left = here.seconds(first, under.peaks), max(0.0, under.deadline - time.time())
+        raise LeftOut(f"its first {len(first)} members take {takes:.0f} s, {left:.0f} s are left")
+    for group in plan:
+        if time.time() + here.seconds(group, under.peaks) > under.deadline:
+            break
+        seconds = here.train(group, under.peaks)
+        under.say(
+            f"{group[0].optimizer}: {len(group)} members in {seconds:.1f} s, the best ends at "
+            f"{min(here.made[member.identity].final for member in group):.4f}"
+        )
+    trained = [
+        here.made[member.identity]
+        for optimizer in optimizers(measurement)
+        for member in members(measurement, optimizer)
+        if member.identity in here.made
+    ]
+    return {
+        "members": len(trained),
+        "partial": bool(here.missing(measurement)),
+        "gains": {
+            ALL: {
+                "seconds": sum(result.seconds for result in trained),
+                "predicted_seconds": expected(measurement, under.peaks)[ALL]["seconds"],
+            }
+        },
+        "contrasts": contrasts(measurement, here.made),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def training(folder: Path, text: Path, quick: bool) -> "Training":
+    return Training(Members(folder / FILE), rehearsal() if quick else read(text))
+
+
+def read(folder: Path) -> Tokens:
+    try:
+        return corpus.load(folder)
+    except FileNotFoundError as error:
+        raise LeftOut(str(error)) from None
+
+
+def rehearsal() -> Tokens:
+    """The bytes of this folder's source."""
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    train, held_out = np.split(np.frombuffer(text, np.uint8).astype(np.uint16), [len(text) // 2])
+    return Tokens(train, held_out, 257)
+
+
+class Training:
+    """What was trained so far, how fast, and what is compiled for what comes next."""
+
+    def __init__(self, made: Members, tokens: Tokens):
+        self.made, self.tokens = made, tokens
+        self.pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
+        self.compiled: dict[tuple[Member, int], list[concurrent.futures.Future]] = {}
+        self.slowdown: dict[Workload, float] = {}
+        self.origin = {
+            "device": device(),
+            "versions": versions(),
+            "date": datetime.date.today().isoformat(),
+        }
+
+    def missing(self, measurement: str) -> list[list[Member]]:
+        return groups(measurement, parsed(measurement)[0].seeds[0], self.made)
+
+    def seconds(self, group: Sequence[Member], peaks: Peaks | None) -> float:
+        """How long a group will take: as on paper, times how much longer those before took."""
+        workload, paper = group[0].workload, on_paper(group, peaks)
+        known = self.slowdown.get(workload, max(self.slowdown.values(), default=2.0))
+        return 1.1 * known * paper
+
+    def plan(self, measurement: str, left: float, peaks: Peaks | None) -> list[list[Member]]:
+        """The groups with as many seeds as there is time for; if there is too little for the fewest
+        seeds, those groups of them that fit."""
+        size, _ = parsed(measurement)
+        for seeds in size.seeds:
+            found = groups(measurement, seeds, self.made)
+            takes = [self.seconds(group, peaks) for group in found]
+            if sum(takes) <= left:
+                return found
+        fitting = sum(total <= left for total in itertools.accumulate(takes))
+        return found[:fitting]
+
+    def compile_ahead(self, some: Sequence[Sequence[Member]]) -> None:
+        """Begins to compile what will train these groups, in the background."""
+        for group in some:
+            key = ensemble.structure(group[0]), len(group)
+            if key not in self.compiled:
+                self.compiled[key] = [
+                    self.pool.submit(compile_program, *program)
+                    for program in programs_of(group, *map(len, self.tokens[:2])).values()
+                ]
+
+    def train(self, group: Sequence[Member], peaks: Peaks | None) -> float:
+        """Trains a group and stores its members; returns how long it took, compiled."""
+        for program in self.compiled[ensemble.structure(group[0]), len(group)]:
+            program.result()
+        start = time.perf_counter()
+        results = ensemble.train_group(group, self.tokens, at_y=False)
+        seconds = time.perf_counter() - start
+        for result in results:
+            result = dataclasses.replace(result, seconds=seconds / len(group))
+            self.made.add(result, self.origin)
+        self.slowdown[group[0].workload] = seconds / on_paper(group, peaks)
+        return seconds
+
+
+def compile_program(jitted: Any, arguments: tuple[Any, ...]) -> None:
+    """jax keeps the compiled program, and takes it when `jitted` is called."""
+    jitted.lower(*arguments).compile()
+
+
+def on_paper(group: Sequence[Member], peaks: Peaks | None) -> float:
+    """Seconds; of a device of which nothing is known, those of an H100."""
+    seconds = step(group[0].workload).seconds(peaks or PEAKS["H100"])
+    assert seconds is not None
+    return len(group) * group[0].steps * seconds
+
+
+def contrasts(measurement: str, made: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    """Each contender beside AdamW on the seeds that did not tune, by its own best learning rate and
+    by twice AdamW's."""
+    size, _ = parsed(measurement)
+    seeds = [
+        seed
+        for seed in SEEDS
+        if all(
+            member.identity in made
+            for optimizer in optimizers(measurement)
+            for member in members(measurement, optimizer, [seed])
+        )
+    ]
+    if not seeds:
+        return {}
+    tuning = [seed for seed in seeds if seed in TUNING]
+    shown = [seed for seed in seeds if seed not in TUNING] or seeds
+
+    def runs(optimizer: str, rate: float, seeds: Sequence[int]) -> list[Result]:
+        every = members(measurement, optimizer, seeds)
+        return [made[m.identity] for m in every if math.isclose(m.learning_rate, rate)]
+
+    def best(optimizer: str) -> float:
+        rates = [OPTIMIZERS[optimizer] * rate for rate in size.rates]
+        return min(rates, key=lambda r: np.mean([run.final for run in runs(optimizer, r, tuning)]))
+
+    rate = best(BASELINE)
+    baseline = runs(BASELINE, rate, shown)
+    found = {BASELINE: {"learning_rate": rate, "final": mean_final(baseline), "seeds": len(shown)}}
+    for optimizer in optimizers(measurement)[1:]:
+        own = best(optimizer)
+        found[optimizer] = {
+            "learning_rate": own,
+            **contrast(runs(optimizer, own, shown), baseline),
+            "by_rule": {
+                "learning_rate": 2 * rate,
+                **contrast(runs(optimizer, 2 * rate, shown), baseline),
+            },
+        }
+    return found
+
+
+def contrast(contender: list[Result], baseline: list[Result]) -> dict[str, Any]:
+    """The loss at the end beside the baseline's, seed by seed, and the signed saving."""
+    pairs = zip(contender, baseline, strict=True)
+    differences = [one.final - other.final for one, other in pairs]
+    found: dict[str, Any] = {"final": mean_final(contender), "difference": np.mean(differences)}
+    if not np.isfinite(differences).all():
+        return {"final": math.inf, "difference": math.inf}
+    steps = baseline[0].curve["step"]
+    curves = [np.array([run.curve["loss"] for run in some]) for some in (contender, baseline)]
+    saving = functools.partial(statistics.signed_saving, steps)
+    found["saving"] = saving(*curves)
+    if len(differences) > 1:
+        estimate = statistics.estimate(differences)
+        found |= {"interval": [estimate.low, estimate.high], "p": estimate.p}
+        found["saving_interval"] = statistics.bootstrap(saving, *curves)
+    return found
+
+
+def mean_final(runs: Sequence[Result]) -> float:
+    return float(np.mean([run.final for run in runs]))
+
+
+def bars(found: dict[str, Any]) -> list[Bar]:
+    """The savings that were set as goals, for the form that the README shows first."""
+    judged = []
+    for measurement, goal in GOALS.items():
+        contrast = found.get(measurement, {}).get("contrasts", {}).get("annealed", {})
+        if "saving" in contrast.get("by_rule", {}):
+            what = f"saving of annealed_adamw at twice AdamW's rate, {measurement}"
+            judged.append(Bar(what, goal, contrast["by_rule"]["saving"], at_most=False))
+    return judged
+
+
+def told(result: dict[str, Any]) -> str:
+    """The lines of progress of a measurement."""
+    lines = [f"{result['members']} members{', not all' if result['partial'] else ''}"]
+    for name, row in result["contrasts"].items():
+        line = f"{name}: {row['final']:.4f} at a learning rate of {row['learning_rate']:.3g}"
+        if "saving" in row:
+            line += f", {row['difference']:+.4f}, saves {row['saving']:.1%}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -201,7 +201,7 @@ def test_the_parts_share_the_time_and_one_that_does_not_end_is_stopped(
     monkeypatch.setattr(command, "GRACE", 0.1)
     flags = ["--quick", "--minutes", "0", "--out", str(tmp_path), "--parts", "right", "step"]
     monkeypatch.setattr(sys, "argv", ["accelerator", *flags])
-    monkeypatch.setenv(command.MEMORY, "0.5")
+    monkeypatch.setenv(command.MEMORY[0], "0.5")
     start = time.time()
     assert command.main() == 1
     assert time.time() - start < 5

@@ -20,8 +20,8 @@ from benchmarks.accelerator.worker import PARTS, work
 from benchmarks.corpus import FOLDER as FOLDER_OF_TEXT
 
 FOLDER = Path("benchmarks/results/accelerator")
-# What JAX takes of a GPU's memory when it first meets it.
-MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+# What JAX takes of a GPU's memory when it first meets it; the second is the older name.
+MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 # Seconds that a part may go on after its time, with the measurement in hand.
 GRACE = 60.0
 
@@ -31,11 +31,12 @@ def main() -> int:
     began = time.time()
     end, status = began + 60 * flags.minutes, 0
     context = multiprocessing.get_context("spawn")
-    given = os.environ.get(MEMORY)
+    given = any(name in os.environ for name in MEMORY)
     for index, part in enumerate(flags.parts):
         share = PARTS[part].SHARE / sum(PARTS[other].SHARE for other in flags.parts[index:])
         deadline = time.time() + share * (end - time.time())
-        os.environ[MEMORY] = given or str(PARTS[part].MEMORY)
+        if not given:
+            os.environ[MEMORY[0]] = str(PARTS[part].MEMORY)
         process = context.Process(
             target=work,
             args=(part, flags.out, flags.corpus, flags.quick, flags.again, began, deadline),

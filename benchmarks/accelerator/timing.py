@@ -145,6 +145,7 @@ class Repeated:
             return {
                 "calls": count,
                 "kernels": kernels_that_ran(ran, self.compiled.as_text()) / count,
+                "launches": len(ran) / count,
                 "seconds": sum(one.seconds for one in ran) / count,
                 "longest": longest(ran),
             }

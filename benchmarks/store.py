@@ -1,8 +1,8 @@
 """Results of a study in one file: a line for each member, sorted, and each member is made once.
 
-    store = Store(RESULTS / "length.jsonl")
+    store = Store(RESULTS / "llama.jsonl")
     execute(members, store, workers=2)
-    store[members[0]].final
+    store[members[0].identity].final
 
 A worker takes the first member that is neither stored nor being made, by any process on this
 machine. What is killed is begun anew by the next call, and all that had ended is kept.
@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ LOCKS = Path("runs/locks")
 COMPILED = Path("runs/compiled")  # the programs of all workers
 
 
-class Store:
-    """The results in a file, which need not exist yet."""
+class Store(Mapping[str, Result]):
+    """The results in a file, which need not exist yet, by the identity of their member."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,11 +46,15 @@ class Store:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
-    def add(self, results: Iterable[Result]) -> None:
+    def add(
+        self, results: Iterable[Result], origin: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
+        """Stores results with where they are from; of two of one member the first counts."""
+        found = (origin or here)()
         with locked(self.path.stem):
             self.read()
             for result in results:
-                self.records.setdefault(result.member.identity, as_record(result))
+                self.records.setdefault(result.member.identity, as_record(result) | found)
             lines = [json.dumps(self.records[identity]) + "\n" for identity in sorted(self.records)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
@@ -58,20 +62,17 @@ class Store:
             os.chmod(file.name, 0o644)
             os.replace(file.name, self.path)
 
-    def __contains__(self, member: Member) -> bool:
-        return member.identity in self.records
+    def __getitem__(self, identity: str) -> Result:
+        return from_record(self.records[identity])
 
-    def __getitem__(self, member: Member) -> Result:
-        return from_record(self.records[member.identity])
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
 
-    def __iter__(self) -> Iterator[Result]:
-        return map(from_record, self.records.values())
+    def __len__(self) -> int:
+        return len(self.records)
 
 
 def as_record(result: Result) -> dict[str, Any]:
-    device = jax.devices()[0]
-    hardware = f"one core of {processor()}" if device.platform == "cpu" else device.device_kind
-    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {
         "identity": result.member.identity,
         **result.member.changes(),
@@ -79,8 +80,15 @@ def as_record(result: Result) -> dict[str, Any]:
             name: [round(value, 6) for value in values] for name, values in result.curve.items()
         },
         "final": round(result.final, 6) if math.isfinite(result.final) else None,
-        "cpu_seconds": round(result.seconds, 1),
-        "hardware": hardware,
+        "cpu_seconds": round(result.seconds, 4),
+    }
+
+
+def here() -> dict[str, Any]:
+    """Where a run was made, and by what."""
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {
+        "hardware": f"one core of {processor()}",
         "versions": {"gpa-optax": gpa_optax.__version__, **packages},
         "date": datetime.date.today().isoformat(),
     }
@@ -122,25 +130,35 @@ def execute(
     workers: int,
     folder: Path = corpus.FOLDER,
     at_y: bool = False,
+    niceness: int = 19,
 ) -> None:
     """Makes the members that the store does not have yet, in their order, on a CPU.
 
     Args:
       members: the most important ones first.
       store: where each result is added as its member ends.
-      workers: processes, each on a core of its own and with the lowest priority.
+      workers: processes, each on a core of its own.
       folder: where the corpus is.
       at_y: whether to evaluate the params as well.
+      niceness: of the workers; 19 leaves the machine to whatever else runs on it.
     """
     store.read()
-    if all(member in store for member in members):
+    if all(member.identity in store for member in members):
         return
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     processes = [
         context.Process(
             target=work,
-            args=(members, store.path, cores[index % len(cores)], os.getpid(), folder, at_y),
+            args=(
+                members,
+                store.path,
+                cores[index % len(cores)],
+                os.getpid(),
+                folder,
+                at_y,
+                niceness,
+            ),
         )
         for index in range(workers)
     ]
@@ -154,11 +172,17 @@ def execute(
 
 
 def work(
-    members: Sequence[Member], path: Path, core: int, parent: int, folder: Path, at_y: bool
+    members: Sequence[Member],
+    path: Path,
+    core: int,
+    parent: int,
+    folder: Path,
+    at_y: bool,
+    niceness: int,
 ) -> None:
     """What a worker does; it ends after its member if its parent is gone."""
     os.sched_setaffinity(0, {core})
-    os.nice(19)
+    os.nice(niceness)
     jax.config.update("jax_compilation_cache_dir", str(COMPILED.absolute()))
     tokens = functools.lru_cache(corpus.load)
     store = Store(path)
@@ -167,7 +191,7 @@ def work(
             return
         with locked(f"{path.stem}-{member.identity}", wait=False) as mine:
             store.read()
-            if not mine or member in store:
+            if not mine or member.identity in store:
                 continue
             workload = member.workload
             data = tokens(folder, workload.text, workload.model.vocab_size)

@@ -24,7 +24,7 @@ from benchmarks.accelerator import gain, right, step, tables, timing, update, wo
 from benchmarks.accelerator.plan import Conditions, LeftOut
 from benchmarks.accelerator.results import Results
 from benchmarks.kernels import in_place, kernels
-from benchmarks.members import Members
+from benchmarks.store import Store
 from benchmarks.studies import TUNING
 from benchmarks.updates import entries, shapes
 from planning.machines import compile_for, find
@@ -255,7 +255,7 @@ def test_the_rehearsal_trains_members_and_stores_each(rehearsed):
     folder, said = rehearsed
     _, content = stored(folder, "gain")
     ((name, found),) = content["measurements"].items()
-    made = Members(folder / gain.FILE)
+    made = Store(folder / gain.FILE)
     wanted = [m for o in ("adamw", "annealed") for m in gain.members(name, o, gain.SEEDS[:4])]
     assert {member.identity for member in wanted} == set(made)
     assert found["members"] == len(wanted) == 16
@@ -263,7 +263,7 @@ def test_the_rehearsal_trains_members_and_stores_each(rehearsed):
         result = made[member.identity]
         assert result.member == member
         assert result.curve["loss"][0] > result.curve["loss"][-1] > 1
-        assert made.origins[member.identity]["device"]["platform"] == "cpu"
+        assert made.records[member.identity]["device"]["platform"] == "cpu"
     for row in found["contrasts"].values():
         assert f"{row['final']:.4f} at a learning rate of {row['learning_rate']:.3g}" in said
 
@@ -286,16 +286,14 @@ def test_members_are_never_made_twice(rehearsed, tmp_path, monkeypatch):
     assert not found["partial"]
     [again] = trained
     # Alone it is another program, whose rounding the later steps amplify.
-    before, now = (
-        Members(folder / gain.FILE)[again.identity] for folder in (path.parent, tmp_path)
-    )
+    before, now = (Store(folder / gain.FILE)[again.identity] for folder in (path.parent, tmp_path))
     assert now.curve["loss"][0] == pytest.approx(before.curve["loss"][0], abs=1e-4)
     assert now.curve["loss"][-1] == pytest.approx(before.curve["loss"][-1], abs=0.1)
 
 
 def test_as_many_seeds_are_begun_as_there_is_time_for(tmp_path):
     name, peaks = "0.125M, 1,000 steps", None
-    here = gain.Training(Members(tmp_path / gain.FILE), gain.rehearsal())
+    here = gain.Training(Store(tmp_path / gain.FILE), gain.rehearsal())
     whole = gain.groups(name, 8)
     assert [len(group) for group in whole] == [32] * 4
     takes = sum(here.seconds(group, peaks) for group in whole)

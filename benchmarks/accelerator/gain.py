@@ -29,7 +29,7 @@ from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work,
 from benchmarks.accelerator.results import Bar, device, versions
 from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Result, Workload
-from benchmarks.members import Members
+from benchmarks.store import Store
 from benchmarks.studies import FRESH, TUNING
 from benchmarks.updates import entries, shapes
 from examples.llama.model import LlamaConfig
@@ -226,7 +226,7 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def training(folder: Path, text: Path, quick: bool) -> "Training":
-    return Training(Members(folder / FILE), rehearsal() if quick else read(text))
+    return Training(Store(folder / FILE), rehearsal() if quick else read(text))
 
 
 def read(folder: Path) -> Tokens:
@@ -246,7 +246,7 @@ def rehearsal() -> Tokens:
 class Training:
     """What was trained so far, how fast, and what is compiled for what comes next."""
 
-    def __init__(self, made: Members, tokens: Tokens):
+    def __init__(self, made: Store, tokens: Tokens):
         self.made, self.tokens = made, tokens
         self.pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
         self.compiled: dict[tuple[Member, int], list[concurrent.futures.Future]] = {}
@@ -295,9 +295,9 @@ class Training:
         start = time.perf_counter()
         results = ensemble.train_group(group, self.tokens, at_y=False)
         seconds = time.perf_counter() - start
-        for result in results:
-            result = dataclasses.replace(result, seconds=seconds / len(group))
-            self.made.add(result, self.origin)
+        share = seconds / len(group)
+        results = [dataclasses.replace(result, seconds=share) for result in results]
+        self.made.add(results, lambda: self.origin)
         self.slowdown[group[0].workload] = seconds / on_paper(group, peaks)
         return seconds
 

@@ -24,7 +24,7 @@ STORE = RESULTS / "llama.jsonl"
 
 def next_members(store: Store, names: list[str], folder: Path) -> list[Member]:
     """Those whose corpus is there; tells of the others."""
-    members = missing(store, names)
+    members = missing({result.member.identity: result for result in store}, names)
     made, lacking = [], set()
     for member in members:
         name = f"{member.workload.text}-{member.workload.model.vocab_size}"
@@ -51,7 +51,7 @@ def main() -> int:
         parser.error(f"there is no study {', '.join(sorted(unknown))}, but {', '.join(STUDIES)}.")
     store = Store(STORE)
     while members := next_members(store, flags.studies or [*STUDIES], flags.folder):
-        print(f"{len(members)} runs can be made now, {len(store)} are stored.")
+        print(f"{len(members)} runs can be made now, {len(store.records)} are stored.")
         execute(members, store, flags.workers, flags.folder)
     return 0
 

@@ -1,8 +1,8 @@
 """Results of a study in one file: a line for each member, sorted, and each member is made once.
 
-    store = Store(RESULTS / "llama.jsonl")
+    store = Store(RESULTS / "length.jsonl")
     execute(members, store, workers=2)
-    store[members[0].identity].final
+    store[members[0]].final
 
 A worker takes the first member that is neither stored nor being made, by any process on this
 machine. What is killed is begun anew by the next call, and all that had ended is kept.
@@ -13,12 +13,13 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ LOCKS = Path("runs/locks")
 COMPILED = Path("runs/compiled")  # the programs of all workers
 
 
-class Store(Mapping[str, Result]):
-    """The results in a file, which need not exist yet, by the identity of their member."""
+class Store:
+    """The results in a file, which need not exist yet."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -46,15 +47,11 @@ class Store(Mapping[str, Result]):
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
-    def add(
-        self, results: Iterable[Result], origin: Callable[[], Mapping[str, Any]] | None = None
-    ) -> None:
-        """Stores results with where they are from; of two of one member the first counts."""
-        found = (origin or here)()
+    def add(self, results: Iterable[Result]) -> None:
         with locked(self.path.stem):
             self.read()
             for result in results:
-                self.records.setdefault(result.member.identity, as_record(result) | found)
+                self.records.setdefault(result.member.identity, as_record(result))
             lines = [json.dumps(self.records[identity]) + "\n" for identity in sorted(self.records)]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
@@ -62,17 +59,20 @@ class Store(Mapping[str, Result]):
             os.chmod(file.name, 0o644)
             os.replace(file.name, self.path)
 
-    def __getitem__(self, identity: str) -> Result:
-        return from_record(self.records[identity])
+    def __contains__(self, member: Member) -> bool:
+        return member.identity in self.records
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.records)
+    def __getitem__(self, member: Member) -> Result:
+        return from_record(self.records[member.identity])
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def __iter__(self) -> Iterator[Result]:
+        return map(from_record, self.records.values())
 
 
 def as_record(result: Result) -> dict[str, Any]:
+    device = jax.devices()[0]
+    hardware = f"one core of {processor()}" if device.platform == "cpu" else device.device_kind
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
     return {
         "identity": result.member.identity,
         **result.member.changes(),
@@ -80,15 +80,8 @@ def as_record(result: Result) -> dict[str, Any]:
             name: [round(value, 6) for value in values] for name, values in result.curve.items()
         },
         "final": round(result.final, 6) if math.isfinite(result.final) else None,
-        "cpu_seconds": round(result.seconds, 4),
-    }
-
-
-def here() -> dict[str, Any]:
-    """Where a run was made, and by what."""
-    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {
-        "hardware": f"one core of {processor()}",
+        "cpu_seconds": round(result.seconds, 1),
+        "hardware": hardware,
         "versions": {"gpa-optax": gpa_optax.__version__, **packages},
         "date": datetime.date.today().isoformat(),
     }
@@ -143,24 +136,14 @@ def execute(
       niceness: of the workers; 19 leaves the machine to whatever else runs on it.
     """
     store.read()
-    if all(member.identity in store for member in members):
+    if all(member in store for member in members):
         return
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
+    how = {"parent": os.getpid(), "folder": folder, "at_y": at_y, "niceness": niceness}
     processes = [
-        context.Process(
-            target=work,
-            args=(
-                members,
-                store.path,
-                cores[index % len(cores)],
-                os.getpid(),
-                folder,
-                at_y,
-                niceness,
-            ),
-        )
-        for index in range(workers)
+        context.Process(target=work, args=(members, store.path, core), kwargs=how)
+        for core in itertools.islice(itertools.cycle(cores), workers)
     ]
     for process in processes:
         process.start()
@@ -175,6 +158,7 @@ def work(
     members: Sequence[Member],
     path: Path,
     core: int,
+    *,
     parent: int,
     folder: Path,
     at_y: bool,
@@ -191,7 +175,7 @@ def work(
             return
         with locked(f"{path.stem}-{member.identity}", wait=False) as mine:
             store.read()
-            if not mine or member.identity in store:
+            if not mine or member in store:
                 continue
             workload = member.workload
             data = tokens(folder, workload.text, workload.model.vocab_size)

@@ -67,11 +67,11 @@ def test_what_is_stored_comes_back(elsewhere):
     kept.add([result(dataclasses.replace(MEMBERS[0], seed=9), math.inf)])
     again = Store(elsewhere / "study.jsonl")
     for member in members:
-        assert again[member.identity].member == member
-        assert again[member.identity].final == 2.5
-        assert again[member.identity].curve["loss"] == [3.0, 2.5]
-    assert again[dataclasses.replace(MEMBERS[0], seed=9).identity].final == math.inf
-    assert dataclasses.replace(MEMBERS[0], seed=10).identity not in again
+        assert again[member].member == member
+        assert again[member].final == 2.5
+        assert again[member].curve["loss"] == [3.0, 2.5]
+    assert again[dataclasses.replace(MEMBERS[0], seed=9)].final == math.inf
+    assert dataclasses.replace(MEMBERS[0], seed=10) not in again
     lines = (elsewhere / "study.jsonl").read_text().splitlines()
     identities = [json.loads(line)["identity"] for line in lines]
     assert identities == sorted(identities)
@@ -84,8 +84,8 @@ def test_two_stores_of_one_file_lose_nothing_of_each_other(elsewhere):
     second.add([result(MEMBERS[1])])
     second.add([result(MEMBERS[0], final=9.0)])  # made a second time: the first one counts
     first.read()
-    assert MEMBERS[1].identity in first
-    assert first[MEMBERS[0].identity].final == 2.5
+    assert MEMBERS[1] in first
+    assert first[MEMBERS[0]].final == 2.5
 
 
 def test_a_default_that_changed_since_is_an_error(elsewhere, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_default_that_changed_since_is_an_error(elsewhere, monkeypatch):
     line["knobs"] = {"window": 0.05}  # as if that were the default now
     kept.path.write_text(json.dumps(line))
     with pytest.raises(ValueError, match=r"would be .* now: a default has changed"):
-        Store(kept.path)[MEMBERS[0].identity]
+        Store(kept.path)[MEMBERS[0]]
 
 
 def test_what_another_process_makes_is_left_to_it(elsewhere):
@@ -121,7 +121,7 @@ def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd
     )
     Path("study.py").write_text(code)
     process = subprocess.Popen([sys.executable, "study.py"], start_new_session=True)
-    while len(Store(cut.path)) < 2:
+    while len(Store(cut.path).records) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)

@@ -10,13 +10,11 @@ time that is left are begun, with as many seeds as fit.
 """
 
 import concurrent.futures
-import dataclasses
-import datetime
 import functools
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,7 @@ import numpy as np
 
 from benchmarks import corpus, ensemble, statistics
 from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work, backward
-from benchmarks.accelerator.results import Bar, device, versions
+from benchmarks.accelerator.results import Bar
 from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Result, Workload
 from benchmarks.store import Store
@@ -43,7 +41,7 @@ WARMUP = 0.2
 SEEDS = (TUNING[0], *FRESH[:3], TUNING[1], *FRESH[3:6])
 COMPILERS = 8
 FILE = "members.jsonl"
-ALL = "all members"
+MEMBER = "a member, trained with as many as fit"
 # Of the corpus, held out and not: to compile for a machine that is not here.
 TOKENS = (77_064_062, 7_533_237)
 GOALS = {
@@ -125,13 +123,12 @@ def step(workload: Workload) -> Work:
 
 
 def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]:
-    """On paper: all members."""
+    """On paper: one member."""
     size, steps = parsed(measurement)
-    count = steps * size.seeds[0] * len(size.rates) * len(optimizers(measurement))
     one = step(size.workload)
-    work = one._replace(bytes=count * one.bytes, operations=count * one.operations)
+    work = one._replace(bytes=steps * one.bytes, operations=steps * one.operations)
     row = {"bytes": work.bytes, "operations": work.operations, "seconds": work.seconds(peaks)}
-    return {ALL: row}
+    return {MEMBER: row}
 
 
 def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
@@ -160,17 +157,19 @@ def programs_of(
     state = jax.eval_shape(initial, seeds, numbers)
     unit = math.gcd(*ensemble.evaluations(like.steps))
     starts, text = array(jnp.int32, *axes, unit, batch), array(jnp.uint16, train)
-    parts = array(jnp.int32, ensemble.ON_THE_WAY // 64, 64, length + 1)
-    last = min(ensemble.HELD_OUT // 64, (held_out - 1) // length // 64)
+    part = ensemble.PART
+    parts = array(jnp.int32, ensemble.ON_THE_WAY // part, part, length + 1)
+    last = min(ensemble.HELD_OUT // part, (held_out - 1) // length // part)
+    last_parts = array(jnp.int32, last, part, length + 1)
     return {
         "initial": (initial, (seeds, numbers)),
         "advance": (advance, (state, numbers, starts, text)),
         "evaluate": (evaluate, (state, numbers, parts)),
-        "evaluate at the end": (evaluate, (state, numbers, array(jnp.int32, last, 64, length + 1))),
+        "evaluate at the end": (evaluate, (state, numbers, last_parts)),
     }
 
 
-def groups(measurement: str, seeds: int, made: Mapping[str, Any] = {}) -> list[list[Member]]:
+def groups(measurement: str, seeds: int, made: Container[Member] = ()) -> list[list[Member]]:
     """What is trained at once, without what was made, so that seeds are complete early."""
     size, _ = parsed(measurement)
     at_once = max(1, size.at_once // len(size.rates))
@@ -179,13 +178,12 @@ def groups(measurement: str, seeds: int, made: Mapping[str, Any] = {}) -> list[l
         some = SEEDS[start : min(start + at_once, seeds)]
         for optimizer in optimizers(measurement):
             group = members(measurement, optimizer, some)
-            found.append([member for member in group if member.identity not in made])
+            found.append([member for member in group if member not in made])
     return [group for group in found if group]
 
 
 def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     here = training(under.folder, under.corpus, under.quick)
-    size, _ = parsed(measurement)
     plan = here.plan(measurement, under.deadline - time.time(), under.peaks)
     if plan:
         here.compile_ahead(plan)
@@ -193,33 +191,26 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
         following = following[following.index(measurement) + 1 :]
         left = under.deadline - time.time() - sum(here.seconds(g, under.peaks) for g in plan)
         here.compile_ahead(here.plan(following[0], left, under.peaks) if following else [])
-    elif here.missing(measurement):
-        (first, *_) = groups(measurement, size.seeds[-1], here.made)
+    elif missing := here.missing(measurement):
+        first = missing[0]
         takes, left = here.seconds(first, under.peaks), max(0.0, under.deadline - time.time())
         raise LeftOut(f"its first {len(first)} members take {takes:.0f} s, {left:.0f} s are left")
+    seconds = count = 0.0
     for group in plan:
         if time.time() + here.seconds(group, under.peaks) > under.deadline:
             break
-        seconds = here.train(group, under.peaks)
-        under.say(
-            f"{group[0].optimizer}: {len(group)} members in {seconds:.1f} s, the best ends at "
-            f"{min(here.made[member.identity].final for member in group):.4f}"
-        )
-    trained = [
-        here.made[member.identity]
-        for optimizer in optimizers(measurement)
-        for member in members(measurement, optimizer)
-        if member.identity in here.made
-    ]
+        took = here.train(group, under.peaks)
+        seconds, count = seconds + took, count + len(group)
+        best = min(here.made[member].final for member in group)
+        name = group[0].optimizer
+        under.say(f"{name}: {len(group)} members in {took:.1f} s, the best ends at {best:.4f}")
+    every = [m for name in optimizers(measurement) for m in members(measurement, name)]
+    predicted = expected(measurement, under.peaks)[MEMBER]["seconds"]
+    row = {"seconds": seconds / count, "predicted_seconds": predicted} if count else None
     return {
-        "members": len(trained),
+        "members": sum(member in here.made for member in every),
         "partial": bool(here.missing(measurement)),
-        "gains": {
-            ALL: {
-                "seconds": sum(result.seconds for result in trained),
-                "predicted_seconds": expected(measurement, under.peaks)[ALL]["seconds"],
-            }
-        },
+        "gains": {MEMBER: row} if row else {},
         "contrasts": contrasts(measurement, here.made),
     }
 
@@ -251,11 +242,6 @@ class Training:
         self.pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
         self.compiled: dict[tuple[Member, int], list[concurrent.futures.Future]] = {}
         self.slowdown: dict[Workload, float] = {}
-        self.origin = {
-            "device": device(),
-            "versions": versions(),
-            "date": datetime.date.today().isoformat(),
-        }
 
     def missing(self, measurement: str) -> list[list[Member]]:
         return groups(measurement, parsed(measurement)[0].seeds[0], self.made)
@@ -270,13 +256,14 @@ class Training:
         """The groups with as many seeds as there is time for; if there is too little for the fewest
         seeds, those groups of them that fit."""
         size, _ = parsed(measurement)
-        for seeds in size.seeds:
-            found = groups(measurement, seeds, self.made)
-            takes = [self.seconds(group, peaks) for group in found]
-            if sum(takes) <= left:
+        choices = [groups(measurement, seeds, self.made) for seeds in size.seeds]
+        choices = [found for found in choices if found]
+        for found in choices:
+            if sum(self.seconds(group, peaks) for group in found) <= left:
                 return found
-        fitting = sum(total <= left for total in itertools.accumulate(takes))
-        return found[:fitting]
+        fewest = choices[-1] if choices else []
+        takes = itertools.accumulate(self.seconds(group, peaks) for group in fewest)
+        return fewest[: sum(total <= left for total in takes)]
 
     def compile_ahead(self, some: Sequence[Sequence[Member]]) -> None:
         """Begins to compile what will train these groups, in the background."""
@@ -295,9 +282,7 @@ class Training:
         start = time.perf_counter()
         results = ensemble.train_group(group, self.tokens, at_y=False)
         seconds = time.perf_counter() - start
-        share = seconds / len(group)
-        results = [dataclasses.replace(result, seconds=share) for result in results]
-        self.made.add(results, lambda: self.origin)
+        self.made.add(results)
         self.slowdown[group[0].workload] = seconds / on_paper(group, peaks)
         return seconds
 
@@ -314,7 +299,7 @@ def on_paper(group: Sequence[Member], peaks: Peaks | None) -> float:
     return len(group) * group[0].steps * seconds
 
 
-def contrasts(measurement: str, made: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+def contrasts(measurement: str, made: Store | Mapping[Member, Result]) -> dict[str, dict[str, Any]]:
     """Each contender beside AdamW on the seeds that did not tune, by its own best learning rate and
     by twice AdamW's."""
     size, _ = parsed(measurement)
@@ -322,7 +307,7 @@ def contrasts(measurement: str, made: Mapping[str, Result]) -> dict[str, dict[st
         seed
         for seed in SEEDS
         if all(
-            member.identity in made
+            member in made
             for optimizer in optimizers(measurement)
             for member in members(measurement, optimizer, [seed])
         )
@@ -334,7 +319,7 @@ def contrasts(measurement: str, made: Mapping[str, Result]) -> dict[str, dict[st
 
     def runs(optimizer: str, rate: float, seeds: Sequence[int]) -> list[Result]:
         every = members(measurement, optimizer, seeds)
-        return [made[m.identity] for m in every if math.isclose(m.learning_rate, rate)]
+        return [made[m] for m in every if math.isclose(m.learning_rate, rate)]
 
     def best(optimizer: str) -> float:
         rates = [OPTIMIZERS[optimizer] * rate for rate in size.rates]

@@ -45,8 +45,8 @@ def plan(folder: Path) -> Table:
         for name in module.measurements(False):
             found = here[name].found if name in here else {}
             # A batch that did not fit was halved: then it is not what was planned.
-            whole = str(found.get("sequences", "")) in name and not found.get("partial")
-            rows = found[f"{part}s"] if found and whole else {}
+            planned = str(found.get("sequences", "")) in name
+            rows = found[f"{part}s"] if found and planned else {}
             for what, work in module.expected(name, PEAKS["H100"]).items():
                 lines.append(
                     [

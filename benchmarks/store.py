@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -122,27 +123,27 @@ def execute(
     workers: int,
     folder: Path = corpus.FOLDER,
     at_y: bool = False,
+    niceness: int = 19,
 ) -> None:
     """Makes the members that the store does not have yet, in their order, on a CPU.
 
     Args:
       members: the most important ones first.
       store: where each result is added as its member ends.
-      workers: processes, each on a core of its own and with the lowest priority.
+      workers: processes, each on a core of its own.
       folder: where the corpus is.
       at_y: whether to evaluate the params as well.
+      niceness: of the workers; 19 leaves the machine to whatever else runs on it.
     """
     store.read()
     if all(member in store for member in members):
         return
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
+    how = {"parent": os.getpid(), "folder": folder, "at_y": at_y, "niceness": niceness}
     processes = [
-        context.Process(
-            target=work,
-            args=(members, store.path, cores[index % len(cores)], os.getpid(), folder, at_y),
-        )
-        for index in range(workers)
+        context.Process(target=work, args=(members, store.path, core), kwargs=how)
+        for core in itertools.islice(itertools.cycle(cores), workers)
     ]
     for process in processes:
         process.start()
@@ -154,11 +155,18 @@ def execute(
 
 
 def work(
-    members: Sequence[Member], path: Path, core: int, parent: int, folder: Path, at_y: bool
+    members: Sequence[Member],
+    path: Path,
+    core: int,
+    *,
+    parent: int,
+    folder: Path,
+    at_y: bool,
+    niceness: int,
 ) -> None:
     """What a worker does; it ends after its member if its parent is gone."""
     os.sched_setaffinity(0, {core})
-    os.nice(19)
+    os.nice(niceness)
     jax.config.update("jax_compilation_cache_dir", str(COMPILED.absolute()))
     tokens = functools.lru_cache(corpus.load)
     store = Store(path)

@@ -313,7 +313,7 @@ def test_as_many_seeds_are_begun_as_there_is_time_for(tmp_path):
 
 def test_without_time_for_members_it_says_what_they_would_take(tmp_path):
     under = Conditions(tmp_path, tmp_path, True, None, time.time(), print)
-    with pytest.raises(LeftOut, match=r"its first 4 members take \d+ s, 0 s are left"):
+    with pytest.raises(LeftOut, match=r"its first 8 members take \d+ s, 0 s are left"):
         gain.measure("4k, 50 steps", under)
 
 

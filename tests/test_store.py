@@ -108,7 +108,7 @@ def test_what_another_process_makes_is_left_to_it(elsewhere):
 
 def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd):
     whole, cut = (Store(elsewhere / f"{name}.jsonl") for name in ("whole", "cut"))
-    execute(MEMBERS, whole, workers=1)
+    execute(MEMBERS, whole, workers=1, niceness=0)
     assert len(decisive(whole.path)) == len(MEMBERS)
 
     code = (
@@ -117,7 +117,7 @@ def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "if __name__ == '__main__':\n"
         "    from test_store import MEMBERS, Store, execute\n"
-        "    execute(MEMBERS, Store(Path('cut.jsonl')), workers=2)\n"
+        "    execute(MEMBERS, Store(Path('cut.jsonl')), workers=2, niceness=0)\n"
     )
     Path("study.py").write_text(code)
     process = subprocess.Popen([sys.executable, "study.py"], start_new_session=True)
@@ -129,12 +129,12 @@ def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd
     before = cut.path.read_text().splitlines()
     assert 2 <= len(before) < len(MEMBERS)
     capfd.readouterr()
-    execute(MEMBERS, cut, workers=2)
+    execute(MEMBERS, cut, workers=2, niceness=0)
     made = capfd.readouterr().out.splitlines()
     assert len(made) == len(MEMBERS) - len(before)
     assert all("50" in line and " in " in line for line in made)
     assert decisive(cut.path) == decisive(whole.path)
     assert set(before) <= set(cut.path.read_text().splitlines())
     written = cut.path.stat().st_mtime_ns
-    execute(MEMBERS, cut, workers=1)
+    execute(MEMBERS, cut, workers=1, niceness=0)
     assert cut.path.stat().st_mtime_ns == written

@@ -4,7 +4,6 @@
 have the base's own arguments after `mu_x` and `mu_y`.
 """
 
-import inspect
 from typing import Any, Literal
 
 import jax
@@ -477,8 +476,6 @@ def gpa_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around Muon: orthogonalized momentum for matrices, AdamW for the other leaves.
 
-    ``preconditioning``, ``adam_learning_rate`` and ``consistent_rms`` need optax 0.2.8 or newer.
-
     .. math::
 
       \begin{align*}
@@ -519,9 +516,9 @@ def gpa_muon(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
-      TypeError, ValueError: as `gpa`; TypeError also for an argument that optax's muon lacks, and
-        ValueError if ``weight_decay_mask`` is a single boolean, which `optax.inject_hyperparams`
-        makes of a function: name it in its ``static_args``.
+      TypeError, ValueError: as `gpa`; a ValueError also if ``weight_decay_mask`` is a single
+        boolean, which `optax.inject_hyperparams` makes of a function: name it in its
+        ``static_args``.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -545,19 +542,6 @@ def gpa_muon(
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
     _check_mask("weight_decay_mask", weight_decay_mask)
-    # Optax 0.2.6 has a muon without these.
-    newer = {
-        "preconditioning": preconditioning,
-        "adam_learning_rate": adam_learning_rate,
-        "consistent_rms": consistent_rms,
-    }
-    known, ours = (inspect.signature(f).parameters for f in (muon, gpa_muon))
-    for name, value in newer.items():
-        if name not in known and value != ours[name].default:
-            raise TypeError(
-                f"{name} must be {ours[name].default!r} with optax {optax.__version__}, got "
-                f"{value!r}. Give the default, or install optax 0.2.8 or newer."
-            )
     base = muon(
         learning_rate,
         ns_coeffs,
@@ -569,11 +553,13 @@ def gpa_muon(
         mu_dtype,
         nesterov=nesterov,
         adaptive=adaptive,
+        preconditioning=preconditioning,
         adam_b1=adam_b1,
         adam_b2=adam_b2,
         adam_eps_root=adam_eps_root,
         adam_weight_decay=adam_weight_decay,
+        adam_learning_rate=adam_learning_rate,
         muon_weight_dimension_numbers=muon_weight_dimension_numbers,
-        **{name: value for name, value in newer.items() if name in known},
+        consistent_rms=consistent_rms,
     )
     return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)

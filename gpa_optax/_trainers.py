@@ -166,9 +166,8 @@ def _check_one(
             )
         # Updates of narrow params are rounded, and so is their sum.
         y, moved = _wide(new.y), _wide(new.y) - _wide(old.y)
-        if not np.all(
-            np.abs(_wide(new.param) - y) <= 4 * _unit(new.param) * (np.abs(y) + np.abs(moved))
-        ):
+        reach = 4 * _unit(new.param) * (np.abs(y) + np.abs(moved)) + 2 * _smallest(new.param)
+        if not np.all(np.abs(_wide(new.param) - y) <= reach):
             raise ValueError(
                 f"After the step {new.name} is not the cast of y, which the state stores. {_CAUSE}"
             )
@@ -207,6 +206,11 @@ _CAUSE = (
 def _wide(leaf: Any) -> np.ndarray:
     leaf = np.asarray(leaf)
     return leaf.astype(np.complex128 if np.iscomplexobj(leaf) else np.float64)
+
+
+def _smallest(leaf: Any) -> float:
+    """The distance of two numbers of the leaf's dtype near 0; float16's is 6e-8."""
+    return float(jnp.finfo(jnp.result_type(leaf)).smallest_subnormal)
 
 
 def _unit(leaf: Any) -> float:

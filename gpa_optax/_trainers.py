@@ -178,7 +178,7 @@ def _check_one(
     for old, new in zip(old_leaves, new_leaves, strict=True):
         x, new_x, y, z = map(_wide, (old.x, new.x, new.y, new.z))
         unit = max(_unit(new.x), _unit(new.y)) * (np.abs(x) + np.abs(new_x) + np.abs(y)) / rest
-        unit = np.maximum(unit, np.finfo(np.float32).tiny)
+        unit = unit + (_smallest(new.x) + _smallest(new.y)) / rest
         ways.append((z - x) / unit)
         parts.append((new_x - x) / unit)
     weight = _slope(ways, parts)

@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,14 @@ from optax import contrib
 import gpa_optax
 from benchmarks.corpus import Text, Tokens
 from examples.llama.model import Llama, LlamaConfig
-from examples.optimizers import Optimizer, decays, hidden_matrices
+from examples.optimizers import (
+    Optimizer,
+    base_optimizer,
+    decays,
+    params_themselves,
+    schedule_free_eval_params,
+)
+from examples.settings import Base
 from gpa_optax import averaging
 
 HELD_OUT = 4096  # windows at the end of a run
@@ -186,42 +193,21 @@ def optimizer_of(member: Member, settings: Mapping[str, Any]) -> Optimizer:
         return rate * relative(count)
 
     around, _, base = name.rpartition("-")
-    b1, b2 = settings["b1"], settings["b2"]
-    if base == "muon":
-        optimizer = contrib.muon(
-            learning_rate,
-            beta=b1,
-            weight_decay=decay,
-            weight_decay_mask=decays,
-            adam_b2=b2,
-            muon_weight_dimension_numbers=hidden_matrices,
-            consistent_rms=0.2,  # so that a learning rate for AdamW fits
-        )
-    elif b1 == 0:  # no first moment is kept
-        optimizer = optax.chain(
-            optax.scale_by_rms(b2, eps_in_sqrt=False, bias_correction=True),
-            optax.add_decayed_weights(decay, mask=decays),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    else:
-        optimizer = optax.adamw(learning_rate, b1, b2, **own)
+    optimizer = base_optimizer(
+        cast(Base, base), learning_rate, weight_decay=decay, b1=settings["b1"], b2=settings["b2"]
+    )
     if around in ("gpa", "ema"):
         mu_x = average(member, relative, settings)
         mu_y, at = settings.get("mu_y", 0.0), settings.get("base_params", "z")
         optimizer = gpa_optax.gpa(optimizer, mu_x, mu_y, base_params=at)
     elif around == "schedule-free":
         optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings["mu_y"])
-
-        def evaluated(opt_state, params):
-            return contrib.schedule_free_eval_params(opt_state[1], params)
+        evaluated = schedule_free_eval_params
     elif around == "diloco":
         outer = settings["outer_learning_rate"], settings["outer_momentum"]
         optimizer = gpa_optax.single_worker_diloco(optimizer, settings["sync_period"], *outer)
     else:
-
-        def evaluated(opt_state, params):
-            return params
-
+        evaluated = params_themselves
     return Optimizer(*optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
 
 

@@ -2,7 +2,7 @@
 the one answer to the question: which weights do I evaluate?"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -25,7 +25,8 @@ def named_optimizer(name: Name, settings: Settings, steps: int) -> Optimizer:
     method, base = split(name)
     settings = in_updates(settings, steps)
     learning_rate = schedule(settings, steps)
-    optimizer = base_optimizer(base, learning_rate, settings)
+    rates = {"weight_decay": settings.weight_decay, "b1": settings.b1, "b2": settings.b2}
+    optimizer = base_optimizer(base, learning_rate, **rates)
     evaluated = eval_params
     if method in ("gpa", "ema"):
         mu_y = settings.mu_y if method == "gpa" else 0.0
@@ -57,33 +58,33 @@ def params_themselves(opt_state: optax.OptState, params: optax.Params) -> optax.
 
 
 def base_optimizer(
-    base: Base, learning_rate: optax.Schedule, settings: Settings
+    base: Base, learning_rate: optax.Schedule, *, weight_decay: Any, b1: float, b2: float
 ) -> optax.GradientTransformation:
-    decay, b1, b2 = settings.weight_decay, settings.b1, settings.b2
+    """A base of the examples, with weight decay of matrices alone; `weight_decay` may be traced."""
     if base == "muon":
         return contrib.muon(
             learning_rate,
             beta=b1,
-            weight_decay=decay,
+            weight_decay=weight_decay,
             weight_decay_mask=decays,
             adam_b2=b2,
             muon_weight_dimension_numbers=hidden_matrices,
             consistent_rms=0.2,  # so that a learning rate for AdamW fits
         )
     if base == "lion":
-        return optax.lion(learning_rate, b1, b2, weight_decay=decay, mask=decays)
+        return optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=decays)
     if base == "sgd":
         return optax.chain(
-            optax.add_decayed_weights(decay, mask=decays),
+            optax.add_decayed_weights(weight_decay, mask=decays),
             optax.sgd(learning_rate, momentum=b1 or None),
         )
     if b1 == 0:  # no first moment is kept
         return optax.chain(
             optax.scale_by_rms(b2, eps_in_sqrt=False, bias_correction=True),
-            optax.add_decayed_weights(decay, mask=decays),
+            optax.add_decayed_weights(weight_decay, mask=decays),
             optax.scale_by_learning_rate(learning_rate),
         )
-    return optax.adamw(learning_rate, b1, b2, weight_decay=decay, mask=decays)
+    return optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay, mask=decays)
 
 
 def schedule(settings: Settings, steps: int) -> optax.Schedule:

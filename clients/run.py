@@ -38,10 +38,10 @@ def install(program: Path, python: Path) -> str:
 
 
 def versions(program: Path, python: Path) -> str:
-    names = [re.split(r"[^\w-]", need)[0] for need in header(program)["dependencies"]]
-    names = list(dict.fromkeys([*names, "jax", "optax"]))
-    code = f"import importlib.metadata as m; print(*[f'{{n}} {{m.version(n)}}' for n in {names}], sep=', ')"
-    return run(python, "-c", code).stdout.strip()
+    listed = run(python, "-m", "pip", "list", "--format", "freeze").stdout.split()
+    of = dict(line.split("==") for line in listed if "==" in line)
+    needs = [re.split(r"[^\w-]", need)[0] for need in header(program)["dependencies"]]
+    return ", ".join(f"{name} {of[name]}" for name in dict.fromkeys([*needs, "jax", "optax"]))
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,10 @@ def main(names: list[str]) -> int:
             failed += 1
             sys.stderr.write(done.stderr)
         shown = last_line(done.stderr if done.returncode else done.stdout)
-        print(f"{name} ({versions(program, python)}): {'FAILED: ' * bool(done.returncode)}{shown}", flush=True)
+        print(
+            f"{name} ({versions(program, python)}): {'FAILED: ' * bool(done.returncode)}{shown}",
+            flush=True,
+        )
     return int(failed > 0)
 
 

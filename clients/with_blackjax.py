@@ -35,6 +35,6 @@ samples = vi.sample(jax.random.key(0), state._replace(mu=mu, rho=rho), 20_000)["
 assert jnp.allclose(samples.mean(0), mu["a"], atol=0.05), (samples.mean(0), mu)
 assert jnp.allclose(samples.std(0), jnp.exp(rho["a"]), rtol=0.05), (samples.std(0), rho)
 assert not jnp.allclose(mu["a"], state.mu["a"], atol=1e-3), "x and y should differ"
-assert jnp.allclose(mu["a"], MEAN, atol=0.1), mu
+assert jnp.allclose(mu["a"], MEAN, atol=0.2), mu
 assert jnp.allclose(jnp.exp(rho["a"]), DEVIATION, rtol=0.1), rho
 print(f"means {MEAN}, of samples at x {samples.mean(0)}, at y {state.mu['a']}")

@@ -86,4 +86,3 @@ except (ValueError, jax.errors.JaxRuntimeError) as error:
     message = str(error)
 assert "donate" in message, message
 print(f"loss at the start {first:.4f}, at x {at_x:.5f}, at y {at_y:.5f}")
-print(f"trained on from x without a copy: {message[:60]}")

@@ -55,7 +55,9 @@ class EvaluateAtX(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         variables = self.model.trainable_variables
         self.y = [v.value for v in variables]
-        for v, x in zip(variables, eval_params(self.model.optimizer.opt_state, self.y), strict=True):
+        for v, x in zip(
+            variables, eval_params(self.model.optimizer.opt_state, self.y), strict=True
+        ):
             v.assign(jnp.copy(x))
 
     def on_test_end(self, logs=None):
@@ -95,7 +97,9 @@ for before, after in zip(watch.seen[10:20], watch.seen[11:21], strict=True):
 
 
 def loss(params):
-    outputs, _ = model.stateless_call(params, [v.value for v in model.non_trainable_variables], inputs)
+    outputs, _ = model.stateless_call(
+        params, [v.value for v in model.non_trainable_variables], inputs
+    )
     return float(np.mean((np.asarray(outputs) - targets) ** 2))
 
 

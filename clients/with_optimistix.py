@@ -4,7 +4,6 @@
 # ///
 """Optimistix: the solution of `OptaxMinimiser` is y; x comes out of its state."""
 
-import jax
 import jax.numpy as jnp
 import optax
 import optimistix as optx
@@ -25,8 +24,8 @@ def minimise(optimizer, steps):
     return optx.minimise(rosenbrock, solver, start, args=5.0, max_steps=steps, throw=False)
 
 
-# Optimistix gives every update `value_fn`, which GPA takes with base_params="y" alone. That is where
-# the base would decay the params; without decay it is all the same.
+# Optimistix gives every update `value_fn`, which GPA takes with base_params="y" alone: weight decay
+# would be at y. Without decay that is all the same.
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), gpa_sgd(0.05, 0.9, 0.9, base_params="y"))
 steps = 300
 solution, longer = minimise(optimizer, steps), minimise(optimizer, steps + 1)

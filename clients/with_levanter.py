@@ -1,10 +1,22 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["marin-levanter==0.2.227.dev40316220070", "optax<0.2.7"]
+# dependencies = [
+#     "marin-levanter==0.2.227.dev40316220070",
+#     "optax<0.2.7",
+#     # Its requirements leave these open, and pip alone searches long for what goes together.
+#     "datasets~=4.8.5",
+#     "fsspec==2026.2.0",
+#     "gcsfs==2026.2.0",
+#     "google-api-core~=2.44.0",
+#     "google-cloud-storage~=3.17.0",
+#     "s3fs==2026.2.0",
+#     "transformers~=5.12.1",
+# ]
 # ///
 """Levanter: GPA as an `OptimizerConfig` of its registry, and hooks that are called with x."""
 
 import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -25,7 +37,7 @@ from gpa_optax import anytime_adamw, check_step, eval_params
 @OptimizerConfig.register_subclass("anytime_adamw")
 @dataclasses.dataclass(frozen=True)
 class AnytimeAdamWConfig(OptimizerConfig):
-    """`optimizer: {type: anytime_adamw, learning_rate: ..., warmup: 0.2}`, once this is imported."""
+    """`optimizer: {type: anytime_adamw, learning_rate: 2e-3}` in a file, once this is imported."""
 
     max_grad_norm: float = 1.0
 
@@ -97,7 +109,7 @@ with trainer:
         name: float(loss(eqx.combine(params, info.model), everything)[0].array)
         for name, params in (("x", x), ("y", y))
     }
-for before, after in zip(seen[16:25], seen[17:26], strict=True):
+for before, after in itertools.pairwise(seen[16:26]):
     check_step(before, after)
 for name in expected:
     assert np.isclose(found[name], expected[name], rtol=1e-4), (found, expected)

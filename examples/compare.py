@@ -21,7 +21,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from examples import plots
-from examples.commands import connect, ended, run_command, start_or_resume
+from examples.commands import connect, ended, open_data, run_command, start_or_resume
 from examples.config import OneRun, Training, decisive, given, peek, to_json
 from examples.console import say
 from examples.files import write_json
@@ -88,10 +88,9 @@ def main(arguments: Sequence[str], console: Console) -> int:
     config = parse_comparison(workload, arguments)
     connect(config.distributed)
     console.quiet = jax.process_index() > 0
+    data = open_data(config, arguments, console)
     if not config.resume:
         begin_anew(config.out, console)
-    with console.status("Opening the data"):
-        data = config.open_data()
     configs = {name: config.of(WORKLOADS[workload][1], name) for name in config.optimizers}
     for one in configs.values():  # all of them, before the first one trains
         check_run(one.fitted(data))

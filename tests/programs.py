@@ -80,7 +80,7 @@ def llama(folder: Path, **changes) -> TrainLlama:
 def train(config) -> str:
     """Runs it here; returns what it printed."""
     out = io.StringIO()
-    start_or_resume(config, Console(file=out, width=120))
+    start_or_resume(config, Console(file=out, width=120), config.open_data())
     return out.getvalue()
 
 

@@ -72,7 +72,7 @@ def main(arguments, console):
     config = from_json(kind, json.loads(arguments[1]))
     connect(config.distributed)
     {first}
-    return start_or_resume(config, console).status
+    return start_or_resume(config, console, config.open_data()).status
 
 sys.exit(run_command(main))
 """

@@ -299,7 +299,7 @@ def trained(tmp_path_factory):
     for i, text in enumerate(TEXT):
         (folder / "text" / f"{i}.txt").write_text(f"{i} {text}" * 3)
     config = config_of(folder / "run", folder / "text", fsdp=4)
-    start_or_resume(config, Console(quiet=True))
+    start_or_resume(config, Console(quiet=True), config.open_data())
     return config
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,18 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tyro")
 
+from PIL import Image
+from rich.console import Console
+
 from examples import compare, optimizers
+from examples.commands import train_command
 from examples.config import parse_run
 from examples.llama.config import TrainLlama
+from examples.llama.data import TextData
 from examples.settings import NAMES, Settings, without_effect
 from examples.vit.config import TrainViT
+from examples.vit.data import ImageData
+from tests import programs
 
 STEPS = 6
 # For each setting another value than the one it has here.
@@ -146,3 +154,53 @@ def test_flags_with_an_effect_are_taken():
                       "--schedule wsd --decay 0.1", "--evaluate-y"):  # fmt: skip
         parse_run(TrainLlama, "test", arguments.split())
     compare.parse_comparison("vit", ["--gpa-adamw.b1", "0.9", "--evaluate-y"])
+
+
+@pytest.fixture
+def texts(tmp_path):
+    programs.write_text(tmp_path / "text")
+    rows = "".join(f'{{"text": "{number} steps, and then an average."}}\n' for number in range(99))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--data.source text --data.column text", "--data.column text has no effect with "
+         "--data.source text, whose files have no columns: leave it out."),
+        ("--data.source text --data.validation rows.jsonl --data.held-out 0.2",
+         "--data.held-out 0.2 has no effect with a validation set, rows.jsonl"),
+        ("--data.source text --data.cache there", "--data.cache there has no effect with "
+         "--data.tokenizer bytes: "),
+    ],
+)  # fmt: skip
+def test_a_flag_without_effect_on_the_text_is_refused(texts, monkeypatch, arguments, says):
+    monkeypatch.chdir(texts)
+    arguments = [*arguments.split(), "--data.tokenizer", "bytes", "--run", "run"]
+    (texts / "run").mkdir()
+    with pytest.raises(ValueError, match=re.escape(says)):
+        train_command(TrainLlama, "test", [*arguments, "--no-resume"], Console(quiet=True))
+    assert [path.name for path in texts.glob("run*")] == ["run"]  # nothing was renamed
+
+
+def test_flags_with_an_effect_on_the_text_are_taken(texts):
+    for settings, flags in [
+        (TextData(f"{texts}/rows.jsonl", tokenizer="bytes"), {"--data.cache"}),
+        (TextData(f"{texts}/text", cache=texts), {"--data.column"}),
+        (TextData(f"{texts}/text", validation=f"{texts}/rows.jsonl", cache=texts),
+         {"--data.held-out"}),
+    ]:  # fmt: skip
+        assert set(settings.prepare(300).without_effect) == flags
+
+
+def test_held_out_has_no_effect_on_images_with_a_validation_set(tmp_path):
+    for split, number in [("train", 4), ("val", 2)]:
+        for name in ("cats", "dogs"):
+            (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+            for index in range(number):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{index}.png")
+    arguments = ["--data.source", str(tmp_path), "--data.held-out", "0.3"]
+    with pytest.raises(ValueError, match=r"--data.held-out 0.3 has no effect with .* validation: "):
+        train_command(TrainViT, "test", [*arguments, "--run", "r"], Console(quiet=True))
+    assert ImageData().prepare().without_effect == {}

@@ -107,6 +107,12 @@ class Images:
         return self.train_part.examples.shape
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        if self.train_part.examples is self.validation_part.examples:
+            return {}
+        return {"--data.held-out": f"{self.name}, which has images for validation"}
+
+    @property
     def files(self) -> dict[str, Any]:
         """What a run stores with its weights: the classes, and by what to know the images again."""
         parts = (self.train_part, self.validation_part)

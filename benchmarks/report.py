@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import bad_input, convex, ingredients, long_runs, steps_to_target, transfer
 from benchmarks.accelerator import tables as accelerator_tables
-from benchmarks.runs import Store, settled
+from benchmarks.runs import stored
 from benchmarks.statistics import (
     against_itself,
     bootstrap,
@@ -37,6 +37,7 @@ from benchmarks.statistics import (
     signed_saving,
 )
 from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
+from benchmarks.store import Store, settled
 from examples.config import OneRun
 from examples.files import write_whole
 from examples.plots import COLOURS
@@ -101,7 +102,7 @@ def trials_table(store: Store, workload: str) -> str:
     """Every tuning trial, the best of an optimizer first."""
     lines = []
     for name in WORKLOADS[workload].contenders:
-        tried = settled(steps_to_target.trials(workload, name, store), store)
+        tried = settled(steps_to_target.trials, workload, name, store)
         for trial in tried or ():
             changed = {
                 field: value
@@ -117,8 +118,8 @@ def trials_table(store: Store, workload: str) -> str:
 
 def beside_adamw(workload: str, store: Store) -> dict[str, list[OneRun]]:
     """The recipe's runs, and the finals' with AdamW as the base on the same seeds."""
-    finals = settled(steps_to_target.finals(workload, store), store)
-    recipe = settled(transfer.on_workload(workload, store), store)
+    finals = settled(steps_to_target.finals, workload, store)
+    recipe = settled(transfer.on_workload, workload, store)
     if finals is None or recipe is None:
         return {}
     found = {name: runs for name, runs in finals.items() if parts(name)[1] == "adamw"}
@@ -200,7 +201,7 @@ def all_savings(store: Store) -> list[Saving]:
         runs = beside_adamw(workload, store)
         found += savings(TITLES[workload], runs, AFTER[workload], store) if runs else []
     for condition in transfer.CONDITIONS:
-        runs = settled(transfer.on_condition(condition, store), store)
+        runs = settled(transfer.on_condition, condition, store)
         if runs is not None:
             both = {"adamw": runs["adamw"], RECIPE: runs["gpa-adamw"]}
             found += savings(condition, both, set(), store)
@@ -302,7 +303,7 @@ def curves_figure(curves: dict[str, dict[str, tuple[list[float], list[float], li
 
 
 def mean_curves(workload: str, store: Store) -> dict[str, Any]:
-    whole = settled(steps_to_target.finals(workload, store), store)
+    whole = settled(steps_to_target.finals, workload, store)
     found = {}
     for name, runs in (whole or {}).items():
         if parts(name)[1] == "adamw":
@@ -339,7 +340,7 @@ def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Fi
 def all_trials(workload: str, store: Store) -> dict[str, list[tuple[float, float]]]:
     found = {}
     for name in WORKLOADS[workload].contenders:
-        tried = settled(steps_to_target.trials(workload, name, store), store)
+        tried = settled(steps_to_target.trials, workload, name, store)
         if tried and parts(name)[1] == "adamw":
             found[name] = [(t.settings.learning_rate, store[t].loss) for t in tried]
     return found
@@ -497,7 +498,7 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     ):
         each = {workload: numbers(workload, store) for workload in WORKLOADS}
         yield name, draw, {workload: found for workload, found in each.items() if found}
-    runs = settled(ingredients.mu_map(store), store) or {}
+    runs = settled(ingredients.mu_map, store) or {}
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
     yield "update-cost", cost_figure, on_the_cpu("default")
     yield "convex", convex.figure, results("convex")
@@ -578,7 +579,7 @@ class Config:
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.report")
     count = 0
-    for path, write in stale(Store(steps_to_target.RESULTS)):
+    for path, write in stale(stored()):
         count += 1
         print(f"{path.relative_to(ROOT)} {'is not up to date' if flags.check else 'written'}")
         if not flags.check:

@@ -1,9 +1,9 @@
 """The studies of what GPA brings: which runs they need, and what is compared.
 
 benchmarks/PROTOCOL.md says what each is for and how it is judged. A study is a plain function of
-the results that there are. It returns its contrasts; where it needs a run that is not there it
-raises `Missing`, with all runs that it could use by now. So what is tuned first and what depends on
-the tuning stand in one function, in their order.
+the stored runs. It returns its contrasts; where it needs a run that is not there it raises
+`Missing`, with all runs that it could use by now. So what is tuned first and what depends on the
+tuning stand in one function, in their order.
 """
 
 import dataclasses
@@ -15,41 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.ensemble import Member, Result, Workload
-
-Results = Mapping[str, Result]
-"""Results by the identity of their member."""
+from benchmarks.store import Missing, Store, results_of, together
 
 TUNING = (1000, 1001)
 FRESH = tuple(range(2000, 2024))
 WARMUPS = (0.05, 0.2)
-
-
-class Missing(Exception):
-    """Runs that a study needs and that nobody has made yet, in the order of their worth."""
-
-    def __init__(self, members: Sequence[Member]):
-        super().__init__(f"{len(members)} runs are missing")
-        self.members = members
-
-
-def found(results: Results, members: Iterable[Member]) -> list[Result]:
-    members = list(members)
-    if missing := [member for member in members if member.identity not in results]:
-        raise Missing(missing)
-    return [results[member.identity] for member in members]
-
-
-def together(studies: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Several studies side by side: raises all that is missing in any of them."""
-    outcomes, missing = {}, []
-    for name, study in studies.items():
-        try:
-            outcomes[name] = study()
-        except Missing as more:
-            missing += more.members
-    if missing:
-        raise Missing(missing)
-    return outcomes
 
 
 class Run(NamedTuple):
@@ -93,7 +63,7 @@ class Contrast(NamedTuple):
 
 
 def tuned(
-    results: Results,
+    store: Store,
     run: Run,
     optimizer: str,
     rates: Sequence[float],
@@ -113,7 +83,7 @@ def tuned(
     tried: dict[Setting, float] = {}
 
     def attempt(settings: Sequence[Setting]) -> None:
-        runs = found(results, [m for setting in settings for m in setting.members(run, seeds)])
+        runs = results_of(store, [m for setting in settings for m in setting.members(run, seeds)])
         losses = np.reshape([one.final for one in runs], (len(settings), len(seeds))).mean(1)
         tried.update(zip(settings, losses, strict=True))
 
@@ -140,13 +110,13 @@ Form = tuple[str, Mapping[str, Any]]
 
 
 def tuned_forms(
-    results: Results, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
+    store: Store, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
 ) -> dict[str, Setting]:
     """Each form at its best rate and warmup, on the first of the tuning seeds unless told so."""
     how = {"seeds": TUNING[:1], "refine": False, **how}
     return together(
         {
-            name: lambda form=form: tuned(results, run, form[0], rates, knobs=[form[1]], **how)
+            name: lambda form=form: tuned(store, run, form[0], rates, knobs=[form[1]], **how)
             for name, form in forms.items()
         }
     )
@@ -155,11 +125,11 @@ def tuned_forms(
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
-def tuned_adamw(results: Results, run: Run, refine: bool = True) -> Setting:
+def tuned_adamw(store: Store, run: Run, refine: bool = True) -> Setting:
     """AdamW with a line to 0, which was its best of four schedules in the study before this one."""
     factor = math.sqrt(run.workload.batch_size / 32)
     rates = [rate * factor for rate in OCTAVES] if factor != 1 else OCTAVES
-    return tuned(results, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
+    return tuned(store, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
 
 
 # What a reader copies, from AdamW's tuned learning rate and warmup.
@@ -189,23 +159,23 @@ BLOCK_RUNS = {
 BLOCKS = {"annealed_adamw": annealed, "anytime_adamw": anytime, "gpa(optax.adamw)": as_typed_first}
 
 
-def blocks(results: Results) -> dict[str, list[Contrast]]:
+def blocks(store: Store) -> dict[str, list[Contrast]]:
     seeds = FRESH[:8]
 
     def on(run: Run) -> list[Contrast]:
-        base = tuned_adamw(results, run, refine=run.steps <= 2000)
-        baseline = found_all(results, run, [base, *(form(base) for form in BLOCKS.values())], seeds)
+        base = tuned_adamw(store, run, refine=run.steps <= 2000)
+        baseline = found_all(store, run, [base, *(form(base) for form in BLOCKS.values())], seeds)
         return contrasts(BLOCKS, baseline)
 
     return together({name: lambda run=run: on(run) for name, run in BLOCK_RUNS.items()})
 
 
 def found_all(
-    results: Results, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
+    store: Store, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
 ) -> list[list[Result]]:
     """The runs of each setting, seed by seed, so that what is there early is comparable."""
     members = [[setting.members(run, [seed])[0] for setting in settings] for seed in seeds]
-    runs = found(results, [member for same in members for member in same])
+    runs = results_of(store, [member for same in members for member in same])
     return [runs[i :: len(settings)] for i in range(len(settings))]
 
 
@@ -228,7 +198,7 @@ MAP_FORMS: dict[str, Form] = {
 }
 
 
-def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
+def by_length_and_batch(store: Store) -> dict[str, list[Contrast]]:
     """All four with a learning rate of their own in each cell, tuned on one seed."""
 
     def cell(batch: int, steps: int) -> list[Contrast]:
@@ -238,12 +208,12 @@ def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
         settings = together(
             {
                 name: lambda name=name, form=form: tuned_forms(
-                    results, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
+                    store, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
                 )[name]
                 for name, form in forms.items()
             }
         )
-        return contrasts(MAP_FORMS, found_all(results, run, [*settings.values()], FRESH[:3]))
+        return contrasts(MAP_FORMS, found_all(store, run, [*settings.values()], FRESH[:3]))
 
     ordered = sorted(MAP, key=lambda cell: cell[0] * cell[1])
     return together(
@@ -273,15 +243,15 @@ RIVALS: dict[str, Form] = {
 }
 
 
-def over_length(results: Results) -> dict[str, list[Contrast]]:
+def over_length(store: Store) -> dict[str, list[Contrast]]:
     def at(steps: int) -> list[Contrast]:
         run = Run(steps)
-        base = tuned_adamw(results, run, refine=steps <= 2000)
+        base = tuned_adamw(store, run, refine=steps <= 2000)
         rates = (base.learning_rate, 2 * base.learning_rate)
-        settings = tuned_forms(results, run, RIVALS, rates)
+        settings = tuned_forms(store, run, RIVALS, rates)
         named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
         seeds = FRESH[: 8 if steps < 8000 else 4]
-        runs = found_all(results, run, [base, *named.values()], seeds)
+        runs = found_all(store, run, [base, *named.values()], seeds)
         return contrasts(named, runs)
 
     return together({f"{steps:,} steps": lambda steps=steps: at(steps) for steps in LENGTHS})
@@ -298,11 +268,11 @@ CONDITIONS = {
 }
 
 
-def without_tuning(results: Results) -> dict[str, list[Contrast]]:
+def without_tuning(store: Store) -> dict[str, list[Contrast]]:
     def on(run: Run) -> list[Contrast]:
-        base = tuned_adamw(results, run)
+        base = tuned_adamw(store, run)
         forms = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
-        runs = found_all(results, run, [base, *(form(base) for form in forms.values())], FRESH[:8])
+        runs = found_all(store, run, [base, *(form(base) for form in forms.values())], FRESH[:8])
         return contrasts(forms, runs)
 
     return together({name: lambda run=run: on(run) for name, run in CONDITIONS.items()})
@@ -345,18 +315,18 @@ SCREEN: dict[str, Form] = {
 }  # fmt: skip
 
 
-def screen(results: Results) -> dict[str, list[Contrast]]:
+def screen(store: Store) -> dict[str, list[Contrast]]:
     """Each at twice AdamW's rate and a fifth of warmup, against the annealed form. The three best
     are confirmed on seeds that none of this saw."""
 
     def at(steps: int, seeds: Sequence[int]) -> list[Contrast]:
         run = Run(steps)
-        base = tuned_adamw(results, run, refine=steps <= 2000)
+        base = tuned_adamw(store, run, refine=steps <= 2000)
         settings = {
             name: Setting(optimizer, 2 * base.learning_rate, 0.2, tuple(sorted(knobs.items())))
             for name, (optimizer, knobs) in SCREEN.items()
         }
-        runs = found_all(results, run, [annealed(base), *settings.values()], seeds)
+        runs = found_all(store, run, [annealed(base), *settings.values()], seeds)
         return contrasts(settings, runs)
 
     return together(
@@ -377,29 +347,29 @@ MUON: dict[str, Form] = {
 }  # fmt: skip
 
 
-def around_muon(results: Results) -> dict[str, list[Contrast]]:
+def around_muon(store: Store) -> dict[str, list[Contrast]]:
     run, rates = Run(1000), (1.6e-2, 3.2e-2)
-    base = tuned(results, run, "muon", rates)
-    settings = tuned_forms(results, run, MUON, rates, warmups=(0.2,), seeds=TUNING)
-    runs = found_all(results, run, [base, *settings.values()], FRESH)
+    base = tuned(store, run, "muon", rates)
+    settings = tuned_forms(store, run, MUON, rates, warmups=(0.2,), seeds=TUNING)
+    runs = found_all(store, run, [base, *settings.values()], FRESH)
     return {"1,000 steps": contrasts(settings, runs)}
 
 
 # The paper's own setting, at a length where its window is a small part of the run.
-def papers_setting(results: Results) -> dict[str, list[Contrast]]:
+def papers_setting(store: Store) -> dict[str, list[Contrast]]:
     run = Run(8000)
-    base = tuned_adamw(results, run, refine=False)
+    base = tuned_adamw(store, run, refine=False)
     rates = (base.learning_rate, 2 * base.learning_rate)
     windows = {"H = 16": 0.9934, "H = 32": 0.9967, "H = 64": 0.9984}
     forms: dict[str, Form] = {
         name: ("gpa-adamw", {**PAPER, "mu_x": mu_x}) for name, mu_x in windows.items()
     }
-    settings = tuned_forms(results, run, forms, rates, warmups=(0.05,))
-    runs = found_all(results, run, [base, *settings.values()], FRESH[:4])
+    settings = tuned_forms(store, run, forms, rates, warmups=(0.05,))
+    runs = found_all(store, run, [base, *settings.values()], FRESH[:4])
     return {"8,000 steps": contrasts(settings, runs)}
 
 
-STUDIES: dict[str, Callable[[Results], dict[str, list[Contrast]]]] = {
+STUDIES: dict[str, Callable[[Store], dict[str, list[Contrast]]]] = {
     "blocks": blocks,
     "map": by_length_and_batch,
     "length": over_length,
@@ -411,13 +381,13 @@ STUDIES: dict[str, Callable[[Results], dict[str, list[Contrast]]]] = {
 """In the order of their worth."""
 
 
-def missing(results: Results, names: Iterable[str] = STUDIES) -> list[Member]:
+def missing(store: Store, names: Iterable[str] = STUDIES) -> list[Member]:
     """The runs that can be made next, the most valuable first, each once."""
     members: dict[str, Member] = {}
     for name in names:
         try:
-            STUDIES[name](results)
+            STUDIES[name](store)
         except Missing as more:
-            for member in more.members:
+            for member in more.runs:
                 members.setdefault(member.identity, member)
     return list(members.values())

@@ -24,6 +24,7 @@ from benchmarks.accelerator import gain, right, step, tables, timing, update, wo
 from benchmarks.accelerator.plan import Conditions, LeftOut
 from benchmarks.accelerator.results import Results
 from benchmarks.kernels import in_place, kernels
+from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import TUNING
 from benchmarks.updates import entries, shapes
@@ -255,7 +256,7 @@ def test_the_rehearsal_trains_members_and_stores_each(rehearsed):
     folder, said = rehearsed
     _, content = stored(folder, "gain")
     ((name, found),) = content["measurements"].items()
-    made = Store(folder / gain.FILE)
+    made = Store(folder / gain.FILE, kind=MEMBERS)
     wanted = [m for o in ("adamw", "annealed") for m in gain.members(name, o, gain.SEEDS[:4])]
     assert {member.identity for member in wanted} == made.records.keys()
     assert found["members"] == len(wanted) == 16
@@ -285,14 +286,16 @@ def test_members_are_never_made_twice(rehearsed, tmp_path, monkeypatch):
     assert not found["partial"]
     [again] = trained
     # Alone it is another program, whose rounding the later steps amplify.
-    before, now = (Store(folder / gain.FILE)[again] for folder in (path.parent, tmp_path))
+    before, now = (
+        Store(folder / gain.FILE, kind=MEMBERS)[again] for folder in (path.parent, tmp_path)
+    )
     assert now.curve["loss"][0] == pytest.approx(before.curve["loss"][0], abs=1e-4)
     assert now.curve["loss"][-1] == pytest.approx(before.curve["loss"][-1], abs=0.1)
 
 
 def test_as_many_seeds_are_begun_as_there_is_time_for(tmp_path):
     name, peaks = "0.125M, 1,000 steps", None
-    here = gain.Training(Store(tmp_path / gain.FILE), gain.rehearsal())
+    here = gain.Training(Store(tmp_path / gain.FILE, kind=MEMBERS), gain.rehearsal())
     whole = gain.groups(name, 8)
     assert [len(group) for group in whole] == [32] * 4
     takes = sum(here.seconds(group, peaks) for group in whole)

@@ -7,8 +7,9 @@ import pytest
 from benchmarks import studies
 from benchmarks.ensemble import Member, Result
 from benchmarks.evidence import STORE
-from benchmarks.store import Store
-from benchmarks.studies import FRESH, TUNING, Missing, Run, Setting, missing, tuned
+from benchmarks.members import MEMBERS
+from benchmarks.store import Missing, Store
+from benchmarks.studies import FRESH, TUNING, Run, Setting, missing, tuned
 
 
 class Imagined(dict):
@@ -21,7 +22,7 @@ class Imagined(dict):
     def make(self, members):
         for member in members:
             curve = {"step": [member.steps], "loss": [self.loss(member)]}
-            self[member.identity] = Result(member, curve, self.loss(member), 0.0)
+            self[member] = Result(member, curve, self.loss(member), 0.0)
 
     def finish(self, study):
         """Until the study has all it needs; what it returns, and all that it asked for."""
@@ -30,8 +31,8 @@ class Imagined(dict):
             try:
                 return study(self), asked
             except Missing as more:
-                asked += more.members
-                self.make(more.members)
+                asked += more.runs
+                self.make(more.runs)
 
 
 def bowl(best, warmup=0.2):
@@ -106,7 +107,7 @@ def test_rates_that_are_reached_in_two_ways_are_one_run():
 
 
 def test_all_that_is_stored_is_read_and_belongs_to_the_protocol():
-    store = Store(STORE)
+    store = Store(STORE, kind=MEMBERS)
     assert len(store.records) >= 14
     for result in store:
         assert result.member.seed in (*TUNING, *FRESH)

@@ -1,6 +1,7 @@
 """The store of the studies: nothing is lost, nothing is made twice."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import lzma
@@ -19,18 +20,23 @@ pytest.importorskip("flax")
 
 from benchmarks import store
 from benchmarks.ensemble import Member, Result, Workload
-from benchmarks.store import Store, execute
+from benchmarks.members import MEMBERS, train_member
+from benchmarks.store import make
 from examples.llama.model import LlamaConfig
 
 SMALL = Workload(
     LlamaConfig(257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32), length=16, batch_size=4
 )
-MEMBERS = [
+RUNS = [
     Member(name, 50, seed, rate, knobs=knobs, workload=SMALL)
     for name, knobs in (("annealed", {"window": 0.1}), ("adamw", {}))
     for rate in (1e-2, 3e-2)
     for seed in (0, 1)
 ]
+
+
+TRAIN = functools.partial(train_member, folder=Path("runs/corpus"))
+Store = functools.partial(store.Store, kind=MEMBERS)
 
 
 @pytest.fixture
@@ -61,17 +67,17 @@ def decisive(path):
 
 def test_what_is_stored_comes_back(elsewhere):
     kept = Store(elsewhere / "study.jsonl")
-    members = [Member("adamw", 50, 0, 1e-2), *MEMBERS]
+    members = [Member("adamw", 50, 0, 1e-2), *RUNS]
     for member in members:
         kept.add([result(member)])
-    kept.add([result(dataclasses.replace(MEMBERS[0], seed=9), math.inf)])
+    kept.add([result(dataclasses.replace(RUNS[0], seed=9), math.inf)])
     again = Store(elsewhere / "study.jsonl")
     for member in members:
         assert again[member].member == member
         assert again[member].final == 2.5
         assert again[member].curve["loss"] == [3.0, 2.5]
-    assert again[dataclasses.replace(MEMBERS[0], seed=9)].final == math.inf
-    assert dataclasses.replace(MEMBERS[0], seed=10) not in again
+    assert again[dataclasses.replace(RUNS[0], seed=9)].final == math.inf
+    assert dataclasses.replace(RUNS[0], seed=10) not in again
     lines = (elsewhere / "study.jsonl").read_text().splitlines()
     identities = [json.loads(line)["identity"] for line in lines]
     assert identities == sorted(identities)
@@ -80,22 +86,22 @@ def test_what_is_stored_comes_back(elsewhere):
 
 def test_two_stores_of_one_file_lose_nothing_of_each_other(elsewhere):
     first, second = Store(elsewhere / "study.jsonl"), Store(elsewhere / "study.jsonl")
-    first.add([result(MEMBERS[0])])
-    second.add([result(MEMBERS[1])])
-    second.add([result(MEMBERS[0], final=9.0)])  # made a second time: the first one counts
+    first.add([result(RUNS[0])])
+    second.add([result(RUNS[1])])
+    second.add([result(RUNS[0], final=9.0)])  # made a second time: the first one counts
     first.read()
-    assert MEMBERS[1] in first
-    assert first[MEMBERS[0]].final == 2.5
+    assert RUNS[1] in first
+    assert first[RUNS[0]].final == 2.5
 
 
 def test_a_default_that_changed_since_is_an_error(elsewhere, monkeypatch):
     kept = Store(elsewhere / "study.jsonl")
-    kept.add([result(MEMBERS[0])])
-    line = json.loads(kept.path.read_text())
+    kept.add([result(RUNS[0])])
+    line = json.loads(kept.paths[0].read_text())
     line["knobs"] = {"window": 0.05}  # as if that were the default now
-    kept.path.write_text(json.dumps(line))
+    kept.paths[0].write_text(json.dumps(line))
     with pytest.raises(ValueError, match=r"would be .* now: a default has changed"):
-        Store(kept.path)[MEMBERS[0]]
+        Store(kept.paths[0])[RUNS[0]]
 
 
 def test_what_another_process_makes_is_left_to_it(elsewhere):
@@ -108,33 +114,33 @@ def test_what_another_process_makes_is_left_to_it(elsewhere):
 
 def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd):
     whole, cut = (Store(elsewhere / f"{name}.jsonl") for name in ("whole", "cut"))
-    execute(MEMBERS, whole, workers=1, niceness=0)
-    assert len(decisive(whole.path)) == len(MEMBERS)
+    make(whole, RUNS, 1, TRAIN, niceness=0)
+    assert len(decisive(whole.paths[0])) == len(RUNS)
 
     code = (
         "from pathlib import Path\n"
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "if __name__ == '__main__':\n"
-        "    from test_store import MEMBERS, Store, execute\n"
-        "    execute(MEMBERS, Store(Path('cut.jsonl')), workers=2, niceness=0)\n"
+        "    from test_store import RUNS, TRAIN, Store, make\n"
+        "    make(Store(Path('cut.jsonl')), RUNS, 2, TRAIN, niceness=0)\n"
     )
     Path("study.py").write_text(code)
     process = subprocess.Popen([sys.executable, "study.py"], start_new_session=True)
-    while len(Store(cut.path).records) < 2:
+    while len(Store(cut.paths[0]).records) < 2:
         assert process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    before = cut.path.read_text().splitlines()
-    assert 2 <= len(before) < len(MEMBERS)
+    before = cut.paths[0].read_text().splitlines()
+    assert 2 <= len(before) < len(RUNS)
     capfd.readouterr()
-    execute(MEMBERS, cut, workers=2, niceness=0)
+    make(cut, RUNS, 2, TRAIN, niceness=0)
     made = capfd.readouterr().out.splitlines()
-    assert len(made) == len(MEMBERS) - len(before)
+    assert len(made) == len(RUNS) - len(before)
     assert all("50" in line and " in " in line for line in made)
-    assert decisive(cut.path) == decisive(whole.path)
-    assert set(before) <= set(cut.path.read_text().splitlines())
-    written = cut.path.stat().st_mtime_ns
-    execute(MEMBERS, cut, workers=1, niceness=0)
-    assert cut.path.stat().st_mtime_ns == written
+    assert decisive(cut.paths[0]) == decisive(whole.paths[0])
+    assert set(before) <= set(cut.paths[0].read_text().splitlines())
+    written = cut.paths[0].stat().st_mtime_ns
+    make(cut, RUNS, 1, TRAIN, niceness=0)
+    assert cut.paths[0].stat().st_mtime_ns == written

@@ -1,7 +1,6 @@
 """The studies keep to their protocol, and nothing of them is lost."""
 
 import dataclasses
-import json
 import math
 
 import pytest
@@ -10,10 +9,11 @@ pytest.importorskip("scipy")
 from programs import llama, on_devices, train
 
 from benchmarks import report, steps_to_target, transfer
+from benchmarks.ensemble import evaluations
 from benchmarks.ingredients import VARIANTS, effects
-from benchmarks.runs import Result, Store, evaluations, identity, one_run, settled, together
+from benchmarks.runs import RUNS, Result, changes, identity, stored, train_config
 from benchmarks.steps_to_target import WORKLOADS, finals, parts, rows, shorter, trials
-from examples.config import to_json
+from benchmarks.store import Missing, Store, together
 from examples.metrics import History
 
 
@@ -44,39 +44,40 @@ def bowl(config):
 
 def test_a_run_of_a_study_is_the_trainers(tmp_path, monkeypatch):
     config = llama(tmp_path, optimizer="gpa-adamw", batch_size=16)
-    _, record = one_run(config)
+    result = train_config(config)
     with on_devices(1, monkeypatch):
         train(config)
-    stored = dict(History.read(config.run).losses())
-    curve = dict(zip(record["curve"]["step"], record["curve"]["loss"], strict=True))
-    assert curve[12] == pytest.approx(stored[12], abs=6e-7)  # the study keeps six decimals
-    assert curve[4] == pytest.approx(stored[4], abs=6e-7)
+    trainers = dict(History.read(config.run).losses())
+    curve = dict(zip(result.curve["step"], result.curve["loss"], strict=True))
+    assert curve[12] == pytest.approx(trainers[12], abs=1e-7)
+    assert curve[4] == pytest.approx(trainers[4], abs=1e-7)
 
 
 def test_a_stored_run_is_found_again_whatever_changes_nothing_in_it(tmp_path):
-    config = llama(tmp_path)
-    record = {
-        "workload": "llama",
-        "config": to_json(config),
-        "curve": {"step": [12], "loss": [2.0]},
-    }
-    Store(tmp_path / "store").write(config, record)
-    store = Store(tmp_path / "store")
-    assert store[config].loss == 2.0
+    config = llama(tmp_path, seed=7)
+    paths = [tmp_path / "vit.jsonl", tmp_path / "llama.jsonl"]
+    made = Result(config, {"step": [12], "loss": [2.0]}, "forty files", 1.5)
+    Store(*paths, kind=RUNS).add([made])
+    store = Store(*paths, kind=RUNS)
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["llama.jsonl"]
+    found = store[config]
+    assert (found.loss, found.data, found.seconds) == (2.0, "forty files", 1.5)
+    assert (found.config.settings, found.config.model) == (config.settings, config.model)
     assert dataclasses.replace(config, run=tmp_path / "elsewhere", evaluate_every=3) in store
     assert dataclasses.replace(config, seed=1) not in store
     faster = dataclasses.replace(config.settings, learning_rate=1.0)
     assert dataclasses.replace(config, settings=faster) not in store
 
 
-def test_a_flag_that_is_new_since_has_its_default_in_a_stored_run(tmp_path):
-    config = llama(tmp_path)
-    stored = to_json(config)
-    del stored["settings"]["base_params"]
-    (tmp_path / "store").mkdir()
-    record = {"workload": "llama", "config": stored, "curve": {"step": [12], "loss": [2.0]}}
-    (tmp_path / "store" / "old.json").write_text(json.dumps(record))
-    assert config in Store(tmp_path / "store")
+def test_a_line_holds_only_what_is_not_default(tmp_path):
+    flags = changes(llama(tmp_path, seed=7))
+    assert flags["seed"] == 7
+    assert "settings.base_params" not in flags  # so a flag that is new since has its default
+
+
+def test_all_that_is_stored_is_read():
+    store = stored()
+    assert len([*store]) == len(store.records) == 699
 
 
 def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
@@ -89,7 +90,7 @@ def test_a_run_that_diverged_counts_as_the_worst(tmp_path):
 def test_each_challenger_has_eight_trials_and_each_base_three_more(workload):
     store = Imagined(bowl)
     for name in WORKLOADS[workload].contenders:
-        tried = settled(trials(workload, name, store), store)
+        tried = trials(workload, name, store)
         assert len({identity(trial) for trial in tried}) == (8 if parts(name)[0] else 11)
         assert {trial.seed for trial in tried} == {steps_to_target.TRIAL_SEED}
         assert store[tried[0]].loss == min(store[trial].loss for trial in tried)
@@ -98,14 +99,14 @@ def test_each_challenger_has_eight_trials_and_each_base_three_more(workload):
 @pytest.mark.parametrize(("best", "fifth"), [(1e-3, 2e-3), (1.0, 6.4e-2), (9e-3, 1.13e-2)])
 def test_the_fifth_learning_rate_is_beyond_an_edge_or_on_the_better_side(best, fifth):
     store = Imagined(lambda config: abs(math.log(config.settings.learning_rate / best)))
-    tried = settled(trials("text", "gpa-adamw", store), store)
+    tried = trials("text", "gpa-adamw", store)
     (rate,) = {trial.settings.learning_rate for trial in tried} - {4e-3, 8e-3, 1.6e-2, 3.2e-2}
     assert rate == pytest.approx(fifth, rel=0.01)
 
 
 def test_final_seeds_are_not_those_of_the_trials():
     store = Imagined(bowl)
-    runs = settled(finals("text", store), store)
+    runs = finals("text", store)
     for name, same in runs.items():
         assert [run.seed for run in same] == list(steps_to_target.SEEDS)
         assert steps_to_target.TRIAL_SEED not in {run.seed for run in same}
@@ -114,7 +115,7 @@ def test_final_seeds_are_not_those_of_the_trials():
 
 def test_shorter_runs_are_made_where_the_target_is_reached_at_all():
     store = Imagined(bowl)
-    _, runs = settled(shorter("text", store), store)
+    runs = shorter("text", store)
     assert set(runs) == {"gpa-adamw", "gpa-adamw, annealed", "gpa-muon"}
     assert [run.steps for run in runs["gpa-adamw"][0]] == [700, 800, 900]
 
@@ -163,7 +164,7 @@ def test_the_strict_reading_is_interpolated_between_lengths():
 def test_what_is_around_a_base_is_tuned_with_the_schedule_that_suits_the_base():
     store = Imagined(lambda config: bowl(config) - 0.01 * (config.settings.schedule == "linear"))
     for name in WORKLOADS["text"].contenders:
-        schedules = {t.settings.schedule for t in settled(trials("text", name, store), store)}
+        schedules = {t.settings.schedule for t in trials("text", name, store)}
         if name in ("gpa-adamw", "schedule-free-adamw"):
             assert schedules == {"constant"}
         else:
@@ -180,11 +181,11 @@ def test_where_the_recipe_is_tried_adamw_is_tuned_and_gpa_is_not(best, rates):
 
     store = Imagined(loss)
     name = "a Llama of 0.25M parameters"
-    base = settled(transfer.tuned(transfer.CONDITIONS[name], store), store)
+    base = transfer.tuned(transfer.CONDITIONS[name], store)
     tried = [c for c in store.asked.values() if c.model.dim == 96]
     assert {c.optimizer for c in tried} == {"adamw"}
     assert len(tried) == rates
-    runs = settled(transfer.on_condition(name, store), store)
+    runs = transfer.on_condition(name, store)
     for adamw, gpa in zip(runs["adamw"], runs["gpa-adamw"], strict=True):
         assert adamw.seed == gpa.seed != steps_to_target.TRIAL_SEED
         assert adamw.settings == base
@@ -197,16 +198,16 @@ def test_the_other_text_is_what_modules_say_about_themselves():
 
 
 def test_studies_side_by_side_ask_together_and_return_each():
-    def study(count):
-        for number in range(count):
-            yield [(count, number)]
-        return count
+    def study(*runs):
+        def needs():
+            raise Missing(runs)
 
-    both = together({"a": study(1), "b": study(3)})
-    assert [next(both), next(both), next(both)] == [[(1, 0), (3, 0)], [(3, 1)], [(3, 2)]]
-    with pytest.raises(StopIteration) as stop:
-        next(both)
-    assert stop.value.value == {"a": 1, "b": 3}
+        return needs if runs else lambda: "all there"
+
+    with pytest.raises(Missing) as missing:
+        together({"a": study(1), "b": study(), "c": study(2, 3)})
+    assert missing.value.runs == [1, 2, 3]
+    assert together({"a": study(), "b": study()}) == {"a": "all there", "b": "all there"}
 
 
 def test_an_ingredient_is_compared_with_the_same_seeds():

@@ -27,6 +27,7 @@ from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work,
 from benchmarks.accelerator.results import Bar
 from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Result, Workload
+from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import FRESH, TUNING
 from benchmarks.updates import entries, shapes
@@ -217,7 +218,7 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def training(folder: Path, text: Path, quick: bool) -> "Training":
-    return Training(Store(folder / FILE), rehearsal() if quick else read(text))
+    return Training(Store(folder / FILE, kind=MEMBERS), rehearsal() if quick else read(text))
 
 
 def read(folder: Path) -> Tokens:

@@ -3,7 +3,7 @@
 python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
-Tables stand between two comments in README.md, benchmarks/README.md, docs/accelerator.md and
+Tables stand between two comments in README.md, benchmarks/pages, docs/accelerator.md and
 docs/tested.md; that of bad input and its errors is made by running bad_input.py. A figure
 carries a digest of its numbers and of the code that draws it, by which it is known to be up to
 date.
@@ -47,7 +47,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (
     ROOT / "README.md",
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks" / "pages").glob("*.md")),
     ROOT / "docs" / "accelerator.md",
     ROOT / "docs" / "tested.md",
 )

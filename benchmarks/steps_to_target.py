@@ -6,7 +6,7 @@ python -m benchmarks.steps_to_target finals --workloads text
 
 python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
 
-The protocol; benchmarks/README.md tells what of it was changed during the study, and when:
+The protocol; pages/steps_to_target.md tells what of it was changed during the study, and when:
 
 * **Workloads.** `text`: a Llama of 0.125M parameters on Python's standard library, 1,000 steps of
   32 sequences of 64 tokens. `images`: a ViT of 0.09M parameters on Fashion-MNIST, 1,500 steps of 64

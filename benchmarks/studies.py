@@ -278,6 +278,7 @@ def without_tuning(store: Store) -> dict[str, list[Contrast]]:
     return together({name: lambda run=run: on(run) for name, run in CONDITIONS.items()})
 
 
+LATE = {"schedule": "constant", "average": "lr-weighted", "step_power": 2.0, "start": 0.2}
 # One member that beats its rivals? Sixteen settings, listed before any of them was run.
 SCREEN: dict[str, Form] = {
     **{
@@ -301,17 +302,23 @@ SCREEN: dict[str, Form] = {
         "gpa-adamw", {"schedule": "wsd", "decay": 0.1, "average": "lr-weighted"},
     ),
     "annealed, cooldown of 20 %": ("gpa-adamw", {"schedule": "wsd", "decay": 0.2}),
-    "constant, polynomial(2)": (
-        "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 2.0},
-    ),
     "constant, polynomial(8)": (
         "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 8.0},
     ),
     "annealed, mu_y 0.8": ("gpa-adamw", {"mu_y": 0.8}),
     "annealed, mu_y 0.95": ("gpa-adamw", {"mu_y": 0.95}),
-    "annealed, b1 0.9, mu_y 0.5": ("gpa-adamw", {"b1": 0.9, "mu_y": 0.5}),
     "anytime, mu_y 0.96": ("anytime", {"mu_y": 0.96}),
-    "paper": ("gpa-adamw", PAPER),
+    "constant, lr_weighted after the warmup, (t + 1)^2": ("gpa-adamw", LATE),
+    "ScheduleFree+'s average": (
+        "gpa-adamw", {**LATE, "b1": 0.9, "mu_y_schedule": "schedule-free-plus"},
+    ),
+    "AMUSE's mu_y": (
+        "gpa-adamw",
+        {
+            "schedule": "constant", "average": "lr-weighted",
+            "mu_y": 0.6, "mu_y_schedule": "amuse",
+        },
+    ),
 }  # fmt: skip
 
 

@@ -16,12 +16,13 @@ pytest.importorskip("flax")
 
 from flax import nnx
 
-from benchmarks import ensemble
+from benchmarks import ensemble, studies
 from benchmarks.corpus import Tokens
 from benchmarks.ensemble import Member, Workload
 from examples import optimizers
 from examples.llama.model import Llama, LlamaConfig
 from examples.settings import Settings
+from gpa_optax import iterates
 
 MODEL = LlamaConfig(257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32)
 SMALL = Workload(MODEL, length=16, batch_size=4)
@@ -98,11 +99,46 @@ def test_an_optimizer_is_the_trainers(name):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["annealed", "gpa-muon"])
-def test_members_trained_together_are_what_they_are_alone(name, tokens):
+# The growing mu_y at each update, from 0, and the knobs; a run has 20 updates, of warmup 4.
+GROWING = {
+    "constant, lr_weighted after the warmup, (t + 1)^2": lambda k: 0.9,
+    "ScheduleFree+'s average": lambda k: 1 - math.exp(
+        math.log(0.1) + min(k / 10, 1) * (math.log(0.035) - math.log(0.1))
+    ),
+    "AMUSE's mu_y": lambda k: 0.6 if k + 1 <= 4 else 1 - 0.4 * (3 / k) ** 0.8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_the_screen_has_late_averages_and_a_growing_mu_y(name):
+    base, knobs = studies.SCREEN[name]
+    run = member(base, 20, 0, 3e-2, warmup=0.2, knobs=knobs)
+    optimizer = ensemble.optimizer_of(run, run.settings)
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=6), jnp.float32)}
+    opt_state, update = optimizer.init(params), jax.jit(optimizer.update)
+    late, total = name != "AMUSE's mu_y", 0.0
+    for k in range(20):
+        before = iterates(opt_state, params).x["kernel"]
+        gradient = {"kernel": jnp.asarray(rng.normal(size=6), jnp.float32)}
+        updates, opt_state = update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        x, y, z = (tree["kernel"] for tree in iterates(opt_state, params))
+        weight = min(k / 4, 1) ** 2 * ((k + 1) ** 2 if late else 1) * (not late or k >= 4)
+        total += weight
+        w, mu_y = weight / total if total else 1.0, GROWING[name](k)
+        np.testing.assert_allclose(x, before + w * (z - before), atol=2e-6)
+        np.testing.assert_allclose(y, mu_y * x + (1 - mu_y) * z, atol=2e-6)
+        assert float(opt_state[1].last_mu_y) == pytest.approx(mu_y, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("annealed", {}), ("gpa-muon", {}), studies.SCREEN["AMUSE's mu_y"]]
+)
+def test_members_trained_together_are_what_they_are_alone(name, knobs, tokens):
     members = [
-        member(name, seed=1, learning_rate=1e-2),
-        member(name, seed=2, learning_rate=3e-2, weight_decay=0.0),
+        member(name, seed=1, learning_rate=1e-2, knobs=knobs),
+        member(name, seed=2, learning_rate=3e-2, weight_decay=0.0, knobs=knobs),
     ]
     together = ensemble.train_group(members, tokens, at_y=True)
     for one, result in zip(members, together, strict=True):

@@ -160,6 +160,10 @@ class Result:
     """CPU time, or its share of the time of those that were trained together."""
 
 
+def mean_final(runs: Sequence[Result]) -> float:
+    return float(np.mean([run.final for run in runs]))
+
+
 def shape(member: Member, settings: Mapping[str, Any]) -> optax.Schedule:
     """The learning rate as a part of its peak."""
     warmup, final = member.warmup_steps, settings["final"]

@@ -25,7 +25,15 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import bad_input, convex, ingredients, long_runs, steps_to_target, transfer
+from benchmarks import (
+    bad_input,
+    convex,
+    evidence_tables,
+    ingredients,
+    long_runs,
+    steps_to_target,
+    transfer,
+)
 from benchmarks.accelerator import tables as accelerator_tables
 from benchmarks.runs import stored
 from benchmarks.statistics import (
@@ -38,6 +46,7 @@ from benchmarks.statistics import (
 )
 from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
 from benchmarks.store import Store, settled
+from benchmarks.studies import STUDIES
 from examples.config import OneRun
 from examples.files import write_whole
 from examples.plots import COLOURS
@@ -535,6 +544,13 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     found["convex"] = lambda: convex.table(results("convex"))
     found["long-runs"] = lambda: markdown(*long_runs.table(results("long_runs")))
     found["errors"] = errors_table
+    evidence = evidence_tables.stored()
+    for study in STUDIES:
+        found[f"evidence-{study}"] = lambda study=study: markdown(
+            *evidence_tables.table(study, evidence)
+        )
+    found["evidence-tuning"] = lambda: markdown(*evidence_tables.tuning(evidence))
+    found["evidence-prediction"] = lambda: evidence_tables.prediction(evidence)
     for name, table in accelerator_tables.TABLES.items():
         found[name] = lambda table=table: markdown(
             *table(RESULTS / "accelerator"), missing="Not measured yet.\n"

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from benchmarks import studies
+from benchmarks import evidence_tables, studies
 from benchmarks.ensemble import Member, Result
 from benchmarks.evidence import STORE
 from benchmarks.members import MEMBERS
 from benchmarks.store import Missing, Store
-from benchmarks.studies import FRESH, TUNING, Run, Setting, missing, tuned
+from benchmarks.studies import CONFIRMING, FRESH, STUDIES, TUNING, Run, Setting, missing, tuned
 
 
 class Imagined(dict):
@@ -70,20 +70,36 @@ def test_without_refinement_only_the_edges_are_left_behind():
     assert max(m.learning_rate for m in asked) == pytest.approx(6.4e-2)
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_every_study_comes_to_contrasts_of_pairs_on_fresh_seeds(name):
-    outcome, asked = Imagined(bowl(8e-3)).finish(studies.STUDIES[name])
+@pytest.mark.parametrize(
+    ("study", "name"), [(study, name) for study in STUDIES for name in STUDIES[study]]
+)
+def test_every_condition_comes_to_contrasts_of_pairs_on_seeds_that_tuned_nothing(study, name):
+    contrasts, asked = Imagined(bowl(8e-3)).finish(STUDIES[study][name])
     assert len({m.identity for m in asked}) == len(asked)  # none twice
-    for contrasts in outcome.values():
-        for contrast in contrasts:
-            seeds = [[run.member.seed for run in runs] for runs in contrast[1:]]
-            assert seeds[0] == seeds[1] == list(FRESH[: len(seeds[0])])
-            assert len({run.member.steps for runs in contrast[1:] for run in runs}) == 1
+    fresh = CONFIRMING if "confirmed" in name else FRESH
+    for contrast in contrasts:
+        seeds = [[run.member.seed for run in runs] for runs in contrast[1:]]
+        assert seeds[0] == seeds[1] == list(fresh[: len(seeds[0])])
+        assert len({run.member.steps for runs in contrast[1:] for run in runs}) == 1
+
+
+def test_the_three_lowest_of_the_screen_are_confirmed():
+    best = {"annealed, mu_y 0.8": -0.3, "annealed, mu_y 0.95": -0.2, "anytime, mu_y 0.96": -0.1}
+
+    def loss(member):
+        forms = [(name, knobs) for name, (optimizer, knobs) in studies.SCREEN.items()
+                 if optimizer == member.optimizer]  # fmt: skip
+        name = next((n for n, knobs in forms if dict(member.knobs) == knobs), "")
+        return bowl(8e-3)(member) + best.get(name, 0.0)
+
+    contrasts, _ = Imagined(loss).finish(studies.confirmed)
+    assert [contrast.name for contrast in contrasts] == [*best, "Schedule-Free"]
+    assert len(contrasts[0].contender) == 24
 
 
 def test_the_one_liners_have_the_rule_and_no_search_of_their_own():
-    outcome, _ = Imagined(bowl(8e-3)).finish(studies.blocks)
-    for contrasts in outcome.values():
+    for condition in STUDIES["blocks"].values():
+        contrasts, _ = Imagined(bowl(8e-3)).finish(condition)
         base = contrasts[0].baseline[0].member
         for contrast in contrasts[:2]:
             member = contrast.contender[0].member
@@ -92,9 +108,9 @@ def test_the_one_liners_have_the_rule_and_no_search_of_their_own():
 
 
 def test_what_is_missing_comes_in_the_order_of_its_worth_and_each_run_once():
-    members = missing({})
+    members = missing(Imagined(None))
     assert len({m.identity for m in members}) == len(members)
-    first = missing({}, ["blocks"])
+    first = missing(Imagined(None), ["blocks"])
     assert members[: len(first)] == first
     assert all(m.seed in TUNING for m in members)  # nothing fresh before the tuning
 
@@ -110,5 +126,38 @@ def test_all_that_is_stored_is_read_and_belongs_to_the_protocol():
     store = Store(STORE, kind=MEMBERS)
     assert len(store.records) >= 14
     for result in store:
-        assert result.member.seed in (*TUNING, *FRESH)
+        assert result.member.seed in (*TUNING, *FRESH, *CONFIRMING)
         assert result.curve["step"][-1] <= result.member.steps
+
+
+def test_the_table_has_a_line_for_each_contender_and_says_what_it_saves():
+    results = Imagined(bowl(8e-3))
+
+    def make(members):
+        """Losses fall by 1 over a run, so that 0.1 is a tenth of it."""
+        for m in members:
+            end = 3.0 + 1e-3 * m.seed - 0.1 * (m.optimizer == "annealed")
+            end = math.inf if m.optimizer == "anytime" and m.seed == FRESH[3] else end
+            curve = {"step": [m.steps / 2, m.steps], "loss": [end + 0.5, end]}
+            results[m] = Result(m, curve, end, 0.0)
+
+    results.make = make
+    name, condition = next(iter(STUDIES["blocks"].items()))
+    assert evidence_tables.table("blocks", results)[1] == []  # nothing is there yet
+    results.finish(condition)
+    headings, lines = evidence_tables.table("blocks", results)
+    assert {len(line) for line in lines} == {len(headings)}
+    assert [line[0] for line in lines] == [f"{name}, 8 seeds", "", "", ""]
+    baseline, annealed, anytime, _ = lines
+    assert baseline[1] == "adamw"
+    assert annealed[4].startswith("-0.1000 (")
+    assert annealed[6].startswith("+10.0% (")
+    assert anytime[4:] == ["diverged", "", "", ""]
+
+
+def test_a_prediction_takes_three_conditions():
+    results = Imagined(bowl(8e-3))
+    assert evidence_tables.prediction(results).startswith("Fewer than three")
+    for condition in STUDIES["transfer"].values():
+        results.finish(condition)
+    assert "`annealed_adamw` is predicted to save" in evidence_tables.prediction(results)

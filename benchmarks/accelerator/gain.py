@@ -26,7 +26,7 @@ from benchmarks import corpus, ensemble, statistics
 from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work, backward
 from benchmarks.accelerator.results import Bar
 from benchmarks.corpus import Tokens
-from benchmarks.ensemble import Member, Result, Workload
+from benchmarks.ensemble import Member, Result, Workload, mean_final
 from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import FRESH, TUNING
@@ -358,10 +358,6 @@ def contrast(contender: list[Result], baseline: list[Result]) -> dict[str, Any]:
         found |= {"interval": [estimate.low, estimate.high], "p": estimate.p}
         found["saving_interval"] = statistics.bootstrap(saving, *curves)
     return found
-
-
-def mean_final(runs: Sequence[Result]) -> float:
-    return float(np.mean([run.final for run in runs]))
 
 
 def bars(found: dict[str, Any]) -> list[Bar]:

@@ -1,4 +1,4 @@
-"""Goes on with the studies of `benchmarks.studies`, in the order of their worth.
+"""Resumes the studies of `benchmarks.studies`, in the order of their worth.
 
 python -m benchmarks.evidence                      # all of them, for many hours
 

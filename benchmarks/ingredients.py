@@ -1,6 +1,6 @@
 """What each ingredient of GPA's recipe brings, apart from the others, on the workload `text`.
 
-python -m benchmarks.ingredients                # goes on with all of it, for hours
+python -m benchmarks.ingredients                # resumes all of it, for hours
 
 python -m benchmarks.ingredients map
 
@@ -129,7 +129,7 @@ STUDIES = {"ingredients": ingredients, "map": mu_map}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with studies where they were, and prints what they say so far."""
+    """Resumes the studies where they were, and prints what they say so far."""
 
     studies: Annotated[tuple[Literal["ingredients", "map"], ...], tyro.conf.Positional] = tuple(
         STUDIES

@@ -442,9 +442,9 @@ def cost_table() -> str:
         )
     headings = (
         "update of",
-        "state, bytes a param",
-        "kernels a leaf, the most on H100, TPU v5e, v5p, v6e",
-        "bytes moved a param on H100 (at least)",
+        "state, bytes per parameter",
+        "kernels per leaf (maximum over H100, TPU v5e, v5p, v6e)",
+        "bytes moved per parameter on H100 (at least)",
         "time on a CPU, `optax.adamw` = 1 (quartiles)",
     )
     return markdown(headings, lines)
@@ -485,8 +485,8 @@ def compiled_table() -> str:
         for update in updates("compiled_cost")
     ]
     headings = (
-        "target", "params", "update of", "kernels a leaf", "temporaries, KiB", "in place",
-        "bytes moved a param", "at least", "bytes of state a param",
+        "target", "params", "update of", "kernels per leaf", "temporaries, KiB", "in place",
+        "bytes moved per parameter", "at least", "bytes of state per parameter",
     )  # fmt: skip
     return markdown(headings, lines)
 

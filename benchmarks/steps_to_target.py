@@ -1,6 +1,6 @@
 """How many steps does an optimizer need to reach the loss at which well-tuned AdamW ends?
 
-python -m benchmarks.steps_to_target                     # goes on with all studies, for hours
+python -m benchmarks.steps_to_target                     # resumes all studies, for hours
 
 python -m benchmarks.steps_to_target finals --workloads text
 
@@ -406,7 +406,7 @@ def again(workload: str, store: Store) -> list[OneRun]:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with studies where they were, and prints what they say so far."""
+    """Resumes the studies where they were, and prints what they say so far."""
 
     studies: Annotated[tuple[Literal["finals", "shorter"], ...], tyro.conf.Positional] = (
         "finals",
@@ -416,7 +416,7 @@ class Config:
     workloads: tuple[Literal["text", "images", "images-large"], ...] = tuple(WORKLOADS)
     """What to train."""
     seeds: int = len(SEEDS)
-    """Fresh seeds; more of them go on with what is there."""
+    """Fresh seeds; more of them add to what is there."""
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""
     quick: bool = False

@@ -8,7 +8,7 @@ Of what kind its runs are, members.py and runs.py say.
 
 A study is a plain function that looks up its runs by `results_of`, which raises `Missing` with
 those that nobody has made yet. A worker takes the first run that is neither stored nor being made,
-by any process on this machine. What is killed is begun anew by the next call, and all that had
+by any process on this machine. What is killed is started again by the next call, and all that had
 ended is kept.
 """
 

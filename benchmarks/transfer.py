@@ -6,9 +6,9 @@ python -m benchmarks.transfer
 The recipe is README.md's: twice AdamW's learning rate, constant after a warmup of a fifth of the
 run, Schedule-Free's average, b1=0, mu_y=0.9, AdamW's weight decay. On the workloads of
 `benchmarks.steps_to_target` it is run on the seeds of the finals, against AdamW's. On each further
-condition AdamW's learning rate is tuned anew: half, once and twice that of `text`, on one seed, and
-further where the best is the last of them. GPA gets twice what was best. Then both are run on four
-other seeds, paired.
+condition AdamW's learning rate is tuned again: half, once and twice that of `text`, on one seed,
+and further where the best is the last of them. GPA gets twice what was best. Then both are run on
+four other seeds, paired.
 """
 
 import ast
@@ -156,7 +156,7 @@ COLUMNS = ("", "learning rate", *HEADINGS[:-1])
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with the study where it was, and prints what it says so far."""
+    """Resumes the study where it was, and prints what it says so far."""
 
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""

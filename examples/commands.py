@@ -16,7 +16,7 @@ from examples import optimizers, plots
 from examples.config import Distributed, OneRun, given, parse_run
 from examples.console import say
 from examples.metrics import History, Report
-from examples.run_folder import begin_anew, check_data, check_run, to_store
+from examples.run_folder import check_data, check_run, start_over, to_store
 from examples.settings import label
 from examples.sharding import make_mesh
 from examples.stopping import End
@@ -55,7 +55,7 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
     console.quiet = jax.process_index() > 0
     data = open_data(config, arguments, console)
     if not config.resume:
-        begin_anew(config.run, console)
+        start_over(config.run, console)
     say(console, data.description)
     end = start_or_resume(config, console, data)
     runs = {label(config.optimizer): History.read(config.run)}
@@ -67,11 +67,11 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
 
 
 def ended(config: OneRun, end: End, console: Console) -> int:
-    """The exit status; says how to go on."""
+    """The exit status; says how to resume."""
     if end.done == config.steps:
         return 0
     how = "the same command" if config.resume else "the same command without --no-resume"
-    say(console, f"Stopped after step {end.done}; {how} goes on from there.")
+    say(console, f"Stopped after step {end.done}; {how} resumes from there.")
     return end.status
 
 
@@ -92,7 +92,7 @@ def open_data(config: Any, arguments: Sequence[str], console: Console) -> Any:
 
 
 def start_or_resume(config: OneRun, console: Console, data: Data) -> End:
-    """Trains, or goes on with the run in `config.run`; what it measures is in its folder.
+    """Trains, or resumes the run in `config.run`; what it measures is in its folder.
 
     Args:
       config: a workload's configuration of one run.

@@ -121,7 +121,7 @@ def test_the_rehearsal_is_right(rehearsed):
             assert case["same_bits"]
             assert all(0 < case["errors"][name] < right.TOLERANCE for name in "xyz")
     for row in content["measurements"][right.KERNELS]["updates"].values():
-        # On the CPU several a leaf; as many run as the program has.
+        # On the CPU several per leaf; as many run as the program has.
         assert row["ran"] == row["compiled"] > row["leaves"]
 
 

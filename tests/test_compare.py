@@ -1,4 +1,4 @@
-"""The commands as people type them: they train, stop, go on, compare, and say what is wrong."""
+"""The commands as people type them: they train, stop, resume, compare, and say what is wrong."""
 
 import json
 import os
@@ -98,11 +98,11 @@ def test_ctrl_c_stops_a_comparison_and_the_same_command_ends_it(tmp_path, text):
     assert process.returncode == 130, out + err
     assert "Traceback" not in out + err
     assert "Stopped after step" in out
-    assert "the same command goes on from there." in out
+    assert "the same command resumes from there." in out
     assert "No comparison" in out
     stopped = History.read(tmp_path / "out" / "adamw").train_loss[-1][0]
     assert 0 < stopped < 400
-    assert f"AdamW: goes on from step {stopped}." in finish(*arguments)
+    assert f"AdamW: resumes from step {stopped}." in finish(*arguments)
     assert History.read(tmp_path / "out" / "gpa-adamw").done == 400
 
 

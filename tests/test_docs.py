@@ -126,7 +126,7 @@ def test_the_first_block_of_the_migration_page_takes_the_place_of_adamw(names):
 
 
 def test_what_getting_started_says_of_injected_values(names):
-    """The function of what shall change keeps everything else as it is written."""
+    """The function of what is to change keeps everything else as it is written."""
     names |= PUBLIC | {"mu_x": averaging.uniform(), "mask": {"kernel": True, "bias": False}}
     page = (ROOT / "docs/getting_started.md").read_text()
     (block,) = re.findall(r"^  ```python\n(.*?)^  ```", page, re.DOTALL | re.MULTILINE)

@@ -1,5 +1,5 @@
 """Damaged checkpoints, a full disk, files that are not what they should be, and numbers that are
-not finite: the run says so, ends or goes on as it should, and nothing is lost."""
+not finite: the run says so, ends or continues as it should, and nothing is lost."""
 
 import ast
 import contextlib
@@ -129,7 +129,7 @@ def test_a_resumed_run_falls_back_says_so_and_ends_as_the_whole_one(whole, copie
     (copied.run / "checkpoints" / "12" / "state" / "manifest.ocdbt").write_bytes(b"")
     text = " ".join(train(copied).split())
     assert "state/manifest.ocdbt (0 bytes) is not what was written." in text
-    assert "goes on from step 8." in text
+    assert "resumes from step 8." in text
     assert (copied.run / "checkpoints.damaged" / "12" / "state" / "manifest.ocdbt").exists()
     assert_same(saved(copied, 12), whole[1][12])
     assert History.read(copied.run).train_loss == History.read(whole[0].run).train_loss
@@ -221,7 +221,7 @@ def test_a_pickle_is_refused_by_everything_that_loads_and_is_not_executed(copied
         "text": lambda: TextData(renamed(given, ".jsonl"), cache=tmp_path).prepare(300),
         "a table": lambda: TextData(renamed(given, ".parquet"), cache=tmp_path).prepare(300),
         "config.json of a run": lambda: read_config(replaced("config.json")),
-        "config.json of a run to go on with": lambda: train(copied),
+        "config.json of a run to resume": lambda: train(copied),
     }
     for name, loader in loaders.items():
         with pytest.raises((ValueError, SafetensorError)) as error:
@@ -346,7 +346,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_cause_and_leaves_a_good_check
     resize("50m")
     more = run()
     assert more.returncode == 0, more.stderr
-    assert f"goes on from step {last}." in more.stdout
+    assert f"resumes from step {last}." in more.stdout
     assert History.read(disk / "run").done == 100
 
 
@@ -374,11 +374,11 @@ def test_metrics_on_a_full_disk_end_the_run_with_their_name(small_disk, tmp_path
             train(config)
     (disk / "other").unlink()
     resize("50m")
-    assert "goes on from step 40." in train(config)
+    assert "resumes from step 40." in train(config)
     assert [step for step, _ in History.read(config.run).train_loss] == list(range(1, 101))
 
 
-# Numbers that are not finite.
+# Non-finite numbers.
 
 
 @jax.custom_vjp
@@ -506,7 +506,7 @@ def test_bad_steps_are_counted_told_and_end_the_run_when_they_are_too_many(
             train(config)
     last = config.run / "checkpoints" / "20"
     assert str(error.value) == (
-        "By step 25, 4 steps in a row had a loss or gradient that is no finite number; they "
+        "By step 25, 4 steps in a row had a loss or gradient that is not finite; they "
         f"changed nothing. The last checkpoint, {last}, is kept; --max-bad-steps allows more."
     )
     lines = {r["step"]: r for r in records(config.run / "metrics.jsonl") if "loss" in r}
@@ -518,7 +518,7 @@ def test_bad_steps_are_counted_told_and_end_the_run_when_they_are_too_many(
         optimizers.schedule(config.settings, 40)(20 - 1 - 4)
     )
     text = train(config)  # the numbers are good again
-    assert "goes on from step 20." in text
+    assert "resumes from step 20." in text
     assert History.read(config.run).done == 40
 
 
@@ -534,7 +534,7 @@ def test_a_run_that_diverges_ends_with_status_3_and_its_checkpoint_is_restored(t
     ]  # fmt: skip
     assert run_command(main, [str(word) for word in arguments]) == 3
     said = capfd.readouterr().err
-    assert "10 steps in a row had a loss or gradient that is no finite number" in said
+    assert "10 steps in a row had a loss or gradient that is not finite" in said
     last = max(int(p.name) for p in (config.run / "checkpoints").iterdir())
     assert f"{config.run / 'checkpoints' / str(last)}, is kept" in said
     config = read_config(config.run)

@@ -158,7 +158,7 @@ def stopped_by_sigterm(arguments, run, after, folder):
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)  # as from a scheduler and from its shell
         assert process.wait(timeout=300) == 0, log.read_text()
-    assert "goes on from there" in log.read_text()
+    assert "resumes from there" in log.read_text()
     done = last_line(run)["step"]
     assert max(whole_checkpoints(run)) == done
     return done
@@ -166,8 +166,8 @@ def stopped_by_sigterm(arguments, run, after, folder):
 
 def assert_resumed_from(step, text):
     """From the newest checkpoint that was whole, and none was found to be damaged."""
-    assert ("goes on from step" in text) == (step > 0), text
-    assert step == 0 or f"goes on from step {step}." in text, text
+    assert ("resumes from step" in text) == (step > 0), text
+    assert step == 0 or f"resumes from step {step}." in text, text
     assert "damaged" not in text, text
 
 

@@ -1,4 +1,4 @@
-"""The trainer: what it stores it finds again, wherever and however it goes on."""
+"""The trainer: what it stores it finds again, wherever and however it resumes."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ from examples.files import read_json
 from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.metrics import History, Report, records
-from examples.run_folder import begin_anew
+from examples.run_folder import start_over
 from examples.settings import NAMES, Settings, split
 from examples.vit.config import TrainViT
 from gpa_optax import iterates
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop):
         interrupt_after(stop, patch)
         train(other)
     assert History.read(other.run).train_loss[-1][0] == stop
-    assert "goes on from step" in train(other)
+    assert "resumes from step" in train(other)
     assert_same(saved(config, 12), saved(other, 12))
     one, two = (History.read(folder) for folder in (config.run, other.run))
     assert one.train_loss == two.train_loss
@@ -167,7 +167,7 @@ def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
     with pytest.raises(ValueError, match=r"begun with --learning-rate 0.032, not 1.0"):
         train(dataclasses.replace(config, settings=faster))
     out = io.StringIO()
-    begin_anew(config.run, Console(file=out, width=500))  # as --no-resume does
+    start_over(config.run, Console(file=out, width=500))  # as --no-resume does
     assert f"{config.run} is {config.run}.1 now." in out.getvalue()
     train(dataclasses.replace(config, settings=faster))
     assert History.read(tmp_path / "run.1").done == History.read(config.run).done == 12
@@ -198,7 +198,7 @@ def test_a_run_made_longer_is_the_long_run_bit_for_bit(tmp_path, optimizer, sett
         run=tmp_path / "long",
     )  # fmt: skip
     train(short)
-    assert "goes on from step 12." in train(dataclasses.replace(long, run=short.run))
+    assert "resumes from step 12." in train(dataclasses.replace(long, run=short.run))
     train(long)
     assert_same(saved(long, 24), saved(dataclasses.replace(long, run=short.run), 24))
     timed = ("seconds_per_step", "input_seconds_per_step", "tokens_per_second")
@@ -491,5 +491,5 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     assert (folder / "data" / "process_1-of-2.json").exists()
     shutil.rmtree(folder)
     again, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
-    assert "goes on from step 6" in outputs[0]
+    assert "resumes from step 6" in outputs[0]
     assert again.train_loss == two.train_loss

@@ -1,4 +1,4 @@
-"""A state that one release saved is read, and goes on, in every later one."""
+"""A state that one release saved is read, and continued, in every later one."""
 
 import re
 

@@ -289,7 +289,7 @@ class _InTurnIterator(grain.DatasetIterator):
         if missing:
             raise ValueError(
                 f"The checkpoint holds no place in the data for reader {missing[0]}: give "
-                "--data.readers as it was when the run was begun, or start anew in another --run."
+                "--data.readers as it was when the run was begun, or start over in another --run."
             )
         for number, reader in self._readers.items():
             reader.set_state(state[number])

@@ -142,7 +142,7 @@ class Images:
     def train(
         self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> grain.DatasetIterator:
-        """Batches without end, shuffled anew each epoch; of each, the rows process_index,
+        """Batches without end, reshuffled each epoch; of each, the rows process_index,
         process_index + process_count, ...
 
         `get_state` is the number of batches consumed, `set_state` continues bit for bit. An epoch

@@ -15,6 +15,8 @@
 #   make test-prereleases   runs the tests on what will be released next
 #   make audit         looks for known vulnerabilities in what is installed
 #   make optional      installs what some tests use and skip without: PyTorch, Fashion-MNIST
+#   make clients       trains with GPA in libraries that others wrote, each in an environment of its own;
+#                      ARGS="numpyro keras" those alone
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,7 +24,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: demo test bench docs notebooks lint build tables plans test-oldest test-examples-oldest test-prereleases audit \
-	optional clean
+	optional clients clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -111,6 +113,9 @@ optional: $(VENV)/examples,test
 	fi
 	apt-get install --quiet --quiet --yes dataset-fashion-mnist >/dev/null 2>&1 || \
 		echo "no package dataset-fashion-mnist here"
+
+clients:
+	$(PYTHON) clients/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* dist

@@ -42,6 +42,30 @@ def double(on):
     return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
 
 
+def needs_optax(version, what):
+    """A mark that skips what an older optax lacks, and says so."""
+
+    def numbers(text):
+        return [int(part) for part in text.split(".")[:3]]
+
+    return pytest.mark.skipif(
+        numbers(optax.__version__) < numbers(version),
+        reason=f"{what} needs optax {version}; this is optax {optax.__version__}",
+    )
+
+
+NEEDS_MUON = needs_optax("0.2.8", "gpa_muon")
+
+
+def marked(mark, values, *which):
+    """The values for `pytest.mark.parametrize`, marked where they are or hold one of `which`."""
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*case, marks=mark if any(part in which for part in case) else ())
+        for case in cases
+    ]
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import NEEDS_MUON, marked
 
 pytest.importorskip("flax")
 
@@ -69,7 +70,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", marked(NEEDS_MUON, SAME, "gpa-muon"))
 def test_an_optimizer_is_the_trainers(name):
     steps, rng = 10, np.random.default_rng(2)
     knobs = SAME[name]
@@ -98,7 +99,7 @@ def test_an_optimizer_is_the_trainers(name):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["annealed", "gpa-muon"])
+@pytest.mark.parametrize("name", marked(NEEDS_MUON, ["annealed", "gpa-muon"], "gpa-muon"))
 def test_members_trained_together_are_what_they_are_alone(name, tokens):
     members = [
         member(name, seed=1, learning_rate=1e-2),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import NEEDS_MUON, marked
 
 import gpa_optax
 from gpa_optax import averaging, eval_params, gpa, gpa_adamw, gpa_lion, gpa_muon, gpa_sgd
@@ -33,7 +34,7 @@ OPTIMIZERS = {
         {"inner_optimizer": optax.adam(1e-2), "sync_period": 32},
     ),
 }
-each = pytest.mark.parametrize("name", OPTIMIZERS)
+each = pytest.mark.parametrize("name", marked(NEEDS_MUON, OPTIMIZERS, "gpa_muon"))
 
 
 def make(name, **changes):

@@ -17,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -42,6 +43,30 @@ def double(on):
     return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
 
 
+def needs_optax(version, what):
+    """A mark that skips what an older optax lacks, and says so."""
+
+    def numbers(text):
+        return [int(part) for part in text.split(".")[:3]]
+
+    return pytest.mark.skipif(
+        numbers(optax.__version__) < numbers(version),
+        reason=f"{what} needs optax {version}; this is optax {optax.__version__}",
+    )
+
+
+NEEDS_MUON = needs_optax("0.2.8", "gpa_muon")
+
+
+def marked(mark, values, *which):
+    """The values for `pytest.mark.parametrize`, marked where they are or hold one of `which`."""
+    cases = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*case, marks=mark if any(part in which for part in case) else ())
+        for case in cases
+    ]
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""
@@ -52,6 +77,15 @@ def x64():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def params(rng):
+    """A nested tree with a matrix, a vector and a scalar."""
+    return {
+        "a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
+        "b": {"c": jnp.asarray(rng.normal(size=(5,)), jnp.float32), "d": jnp.ones(())},
+    }
 
 
 @pytest.fixture

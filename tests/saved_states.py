@@ -38,13 +38,13 @@ class Program(NamedTuple):
     """An optimizer in use.
 
     Attributes:
-      optimizer: what is saved and restored.
+      make: makes the optimizer whose state is saved and restored.
       judge: gives the oracle's sequences of parameters by name, before the first update and after
         each, from the initial params and the gradients; None for what the oracle does not have.
       dtype: of the params and gradients.
     """
 
-    optimizer: optax.GradientTransformationExtraArgs
+    make: Callable[[], optax.GradientTransformationExtraArgs]
     judge: Callable[[dict, list[dict]], list[dict[str, dict]]] | None
     dtype: Any = jnp.float32
 
@@ -55,16 +55,16 @@ def programs() -> dict[str, Program]:
     adamw = {"weight_decay": DECAY}
     return {
         "gpa_adamw": Program(
-            optax.chain(clip, gpa_optax.gpa_adamw(LR, MU_X, MU_Y, **adamw)),
+            lambda: optax.chain(clip, gpa_optax.gpa_adamw(LR, MU_X, MU_Y, **adamw)),
             judge("adamw", clipped=True, **adamw),
         ),
         "gpa_adamw, bfloat16 params": Program(
-            gpa_optax.gpa_adamw(LR, averaging.uniform(), MU_Y, **adamw),
+            lambda: gpa_optax.gpa_adamw(LR, averaging.uniform(), MU_Y, **adamw),
             judge("adamw", mu_x=lambda t: t / (t + 1), **adamw),
             jnp.bfloat16,
         ),
         "gpa_adamw, b1=0, schedules": Program(
-            gpa_optax.gpa_adamw(
+            lambda: gpa_optax.gpa_adamw(
                 WARMUP,
                 averaging.lr_weighted(WARMUP, 3),
                 optax.linear_schedule(0.5, 0.9, 20),
@@ -80,14 +80,16 @@ def programs() -> dict[str, Program]:
                 **adamw,
             ),
         ),
-        "gpa_sgd": Program(gpa_optax.gpa_sgd(LR, MU_X, MU_Y, momentum=0.9), judge("momentum")),
+        "gpa_sgd": Program(
+            lambda: gpa_optax.gpa_sgd(LR, MU_X, MU_Y, momentum=0.9), judge("momentum")
+        ),
         "gpa_lion": Program(
-            gpa_optax.gpa_lion(LR, MU_X, MU_Y, weight_decay=DECAY),
+            lambda: gpa_optax.gpa_lion(LR, MU_X, MU_Y, weight_decay=DECAY),
             judge("lion", weight_decay=DECAY),
         ),
-        "gpa_muon": Program(gpa_optax.gpa_muon(LR, MU_X, MU_Y), None),
+        "gpa_muon": Program(lambda: gpa_optax.gpa_muon(LR, MU_X, MU_Y), None),
         "single_worker_diloco": Program(
-            gpa_optax.single_worker_diloco(optax.adamw(LR, **adamw), PERIOD), judge_diloco
+            lambda: gpa_optax.single_worker_diloco(optax.adamw(LR, **adamw), PERIOD), judge_diloco
         ),
     }
 
@@ -153,10 +155,11 @@ def make(folder: Path) -> None:
     for name, program in programs().items():
         start, *gradients = (draw(rng, program.dtype) for _ in range(STEPS + 2))
         params = jax.tree.map(jnp.asarray, start)
-        opt_state, found = program.optimizer.init(params), []
+        optimizer = program.make()
+        opt_state, found = optimizer.init(params), []
         for gradient in gradients:
             found.append((params, opt_state))
-            params, opt_state = step(program.optimizer, gradient, params, opt_state)
+            params, opt_state = step(optimizer, gradient, params, opt_state)
         found.append((params, opt_state))
         judged = program.judge(start, gradients) if program.judge else None
         states[name] = dict(zip(("params", "opt_state"), found[STEPS], strict=True))

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import run
+from conftest import NEEDS_MUON, marked, run
 
+import gpa_optax
 from benchmarks.oracle import Oracle, adamw
 from gpa_optax import (
     GPAState,
@@ -33,7 +34,9 @@ ALIASES = {
     gpa_lion: optax.lion,
     gpa_muon: optax.contrib.muon,
 }
-by_alias = pytest.mark.parametrize("alias", ALIASES, ids=lambda alias: alias.__name__)
+by_alias = pytest.mark.parametrize(
+    "alias", marked(NEEDS_MUON, ALIASES, gpa_muon), ids=lambda alias: alias.__name__
+)
 
 PARAMS = {"w": jnp.eye(4, 3) + 0.1, "b": jnp.ones(3)}
 
@@ -109,7 +112,9 @@ ARGUMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("alias", "arguments"), ARGUMENTS, ids=lambda v: getattr(v, "__name__", None) or "-".join(v)
+    ("alias", "arguments"),
+    marked(NEEDS_MUON, ARGUMENTS, gpa_muon),
+    ids=lambda v: getattr(v, "__name__", None) or "-".join(v),
 )
 def test_every_argument_reaches_the_base(alias, arguments):
     found, opt_state = run(alias(0.05, 0.9, 0.6, **arguments), PARAMS, gradient, 8)
@@ -125,6 +130,18 @@ def test_every_argument_reaches_the_base(alias, arguments):
     without = run(alias(0.05, 0.9, 0.6, **{k: arguments[k] for k in fewer}), PARAMS, gradient, 8)
     pairs = zip(jax.tree.leaves((found, opt_state)), jax.tree.leaves(without), strict=True)
     assert any(a.dtype != b.dtype or not np.array_equal(a, b) for a, b in pairs)
+
+
+def test_gpa_muon_asks_for_the_optax_that_has_its_arguments(monkeypatch):
+    """Where it is called; optax 0.2.6 has a muon without the newest of them."""
+
+    def older_muon(learning_rate, ns_coeffs=(), ns_steps=5, *, nesterov=True):
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(gpa_optax._aliases, "muon", older_muon)
+    monkeypatch.setattr(optax, "__version__", "0.2.6")
+    with pytest.raises(ImportError, match=r"gpa_muon needs optax 0\.2\.8 .*this is optax 0\.2\.6"):
+        gpa_muon(0.1)
 
 
 @by_alias

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import NEEDS_MUON, marked
 
 pytest.importorskip("flax")
 
@@ -70,7 +71,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", marked(NEEDS_MUON, SAME, "gpa-muon"))
 def test_an_optimizer_is_the_trainers(name):
     steps, rng = 10, np.random.default_rng(2)
     knobs = SAME[name]
@@ -133,7 +134,12 @@ def test_the_screen_has_late_averages_and_a_growing_mu_y(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("annealed", {}), ("gpa-muon", {}), studies.SCREEN["AMUSE's mu_y"]]
+    ("name", "knobs"),
+    [
+        ("annealed", {}),
+        pytest.param("gpa-muon", {}, marks=NEEDS_MUON),
+        studies.SCREEN["AMUSE's mu_y"],
+    ],
 )
 def test_members_trained_together_are_what_they_are_alone(name, knobs, tokens):
     members = [

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import NEEDS_MUON, marked
 
 from benchmarks.bad_input import CASES, COSINE, PARAMS, SGD
 from gpa_optax import (
@@ -17,8 +18,14 @@ from gpa_optax import (
     single_worker_diloco,
 )
 
+OF_MUON = [case for case in CASES if "gpa_muon" in case.call]
 
-@pytest.mark.parametrize("case", CASES, ids=[case.call for case in CASES])
+
+@pytest.mark.parametrize(
+    "case",
+    marked(NEEDS_MUON, [(case,) for case in CASES], *OF_MUON),
+    ids=[case.call for case in CASES],
+)
 def test_bad_input_is_named_with_its_value_and_a_remedy(case):
     with pytest.raises(case.error) as caught:
         case.run()

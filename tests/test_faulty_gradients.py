@@ -195,13 +195,6 @@ def test_steps_in_the_range_of_denormals_are_zero_as_in_the_base():
             assert (np.abs(sequence) <= 3.01 * scale).all()
 
 
-@pytest.mark.parametrize("mu_y", [0.0, 0.7, 0.99])
-def test_a_learning_rate_of_zero_from_the_start_moves_no_bit(mu_y, params, gradients):
-    found, opt_state = train(make(0.0, 0.9967, mu_y), params, gradients)
-    for sequence in (found, *iterates(opt_state, found)):
-        assert_same_bits(sequence, params)
-
-
 @pytest.mark.parametrize("mu_y", [0.0, 0.5, 0.7, 0.9, 0.99])
 def test_a_learning_rate_of_zero_in_mid_run_leaves_z_but_for_rounding(mu_y, rng):
     """x and y go on towards z; each step may round z by a unit in y's last place / (1 - mu_y)."""

@@ -191,12 +191,10 @@ TREES = {
     "frozen dict": flax.core.freeze({"a": {"b": jnp.ones(2)}}),
     "None leaves": {"a": None, "b": (jnp.ones(2), None)},
     "array": jnp.ones((2, 2)),
-    "scalar": jnp.ones(()),
     "zero-size": {"a": jnp.ones((0, 3)), "b": jnp.ones(2)},
     "empty dict": {},
     "empty in a tree": {"a": {}, "b": (), "c": jnp.ones(1)},
     "numpy": {"a": np.ones(3, np.float32)},
-    "python float": {"a": 1.0},
 }
 
 

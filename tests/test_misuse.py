@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import run
+from conftest import NEEDS_MUON, marked, run
 
 from gpa_optax import (
     annealed_adamw,
@@ -52,7 +52,9 @@ DECAYING = {
 
 
 @pytest.mark.parametrize("mask", [by_shape, by_path], ids=lambda mask: mask.__name__)
-@pytest.mark.parametrize("alias", DECAYING, ids=lambda alias: alias.__name__)
+@pytest.mark.parametrize(
+    "alias", marked(NEEDS_MUON, DECAYING, gpa_muon), ids=lambda alias: alias.__name__
+)
 def test_a_mask_that_injection_takes_for_a_schedule_is_refused_and_a_static_one_decays(alias, mask):
     """Called with the step count it gives one boolean: nothing would decay, or everything."""
     arguments, name = DECAYING[alias]
@@ -115,7 +117,7 @@ def test_annealed_refuses_a_peak_that_is_not_the_schedules(name):
         with pytest.raises(ValueError, match="peak must be the largest value of learning_rate"):
             averaging.annealed(0.95, SCHEDULES[name], peak)
         # A peak that jit traces has no value to look at.
-        jax.jit(lambda peak: averaging.annealed(0.95, SCHEDULES[name], peak)(5))(peak)
+        jax.jit(lambda peak, t: averaging.annealed(0.95, SCHEDULES[name], peak)(t))(peak, 5)
 
 
 @pytest.mark.parametrize("weight", [0.01, None, lambda: 0.01])

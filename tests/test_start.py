@@ -9,7 +9,7 @@ import pytest
 from conftest import double
 from flax import nnx
 from flax.training.train_state import TrainState
-from test_wrappers import AROUND, gradient, make
+from test_wrappers import AROUND, gradient, in_every_wrapper, make
 
 from gpa_optax import eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
 
@@ -60,7 +60,7 @@ def test_a_state_made_before_the_weights_were_loaded_is_as_good_as_one_made_afte
     assert_same_bits(found, trained(optimizer, optimizer.init(loaded), loaded))
 
 
-@pytest.mark.parametrize("name", AROUND)
+@in_every_wrapper
 def test_so_it_is_in_every_wrapper(name):
     optimizer, (initial, loaded) = AROUND[name](make()), initialized_and_loaded()
     found = trained(optimizer, optimizer.init(initial), loaded)
@@ -159,26 +159,3 @@ def test_params_that_were_cast_after_init_are_refused_while_tracing(make, init_d
         params = {"w": jnp.ones(3, dtype)}
         with pytest.raises(TypeError, match=rf"params\['w'\] has dtype {np.dtype(dtype)}, and "):
             jax.jit(optimizer.update)(params, opt_state, params)
-
-
-@pytest.mark.parametrize("make", [gpa, diloco])
-@pytest.mark.parametrize(
-    "name", ["prodigy", "dog", "dowg", "cocob", "mechanize", "madgrad", "lbfgs"]
-)
-def test_a_state_can_be_donated_at_once_also_of_bases_that_keep_the_initial_params(name, make):
-    if name == "lbfgs":
-        base = optax.lbfgs(0.1, linesearch=None)
-    elif not hasattr(optax.contrib, name):
-        pytest.skip("in later versions of Optax")
-    else:
-        arguments = {"mechanize": (optax.sgd(0.1),), "cocob": (), "prodigy": ()}
-        base = getattr(optax.contrib, name)(*arguments.get(name, (0.1,)))
-    optimizer, params = make(base), {"w": jnp.ones(3), "b": jnp.ones(2)}
-    # These two store one array twice themselves.
-    init = jax.jit(optimizer.init) if name in ("cocob", "lbfgs") else optimizer.init
-    opt_state, grads = init(params), jax.tree.map(jnp.copy, params)
-    update = jax.jit(optimizer.update, donate_argnums=(1, 2))
-    for _ in range(2):
-        updates, opt_state = update(grads, opt_state, jax.tree.map(jnp.copy, params))
-        params = optax.apply_updates(params, updates)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

@@ -11,7 +11,7 @@ import pytest
 from conftest import double
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_wrappers import AROUND, BASES, make
+from test_wrappers import AROUND, BASES, in_every_wrapper, make
 
 from gpa_optax import (
     averaging,
@@ -23,14 +23,6 @@ from gpa_optax import (
     iterates,
     single_worker_diloco,
 )
-
-
-@pytest.fixture
-def params(rng):
-    return {
-        "a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
-        "b": {"c": jnp.asarray(rng.normal(size=(5,)), jnp.float32), "d": jnp.ones(())},
-    }
 
 
 def gradient(t, params):
@@ -54,7 +46,7 @@ def check_all(seen):
         check_step(before, after)
 
 
-@pytest.mark.parametrize("name", AROUND)
+@in_every_wrapper
 def test_a_right_trainer_passes_in_every_wrapper(name, params):
     check_all(steps(AROUND[name](make()), params, 6))
 

@@ -7,23 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import run
+from conftest import marked, needs_optax, run
 
-from gpa_optax import GPAState, averaging, eval_params, gpa, iterates, single_worker_diloco
+from gpa_optax import GPAState, eval_params, gpa, iterates, single_worker_diloco
 
 MU_X, MU_Y, LR = 0.9, 0.6, 0.1
 
 
 def make(lr=LR, **arguments):
     return gpa(optax.adam(lr), MU_X, MU_Y, **arguments)
-
-
-@pytest.fixture
-def params(rng):
-    return {
-        "a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
-        "b": {"c": jnp.asarray(rng.normal(size=(5,)), jnp.float32), "d": jnp.ones(())},
-    }
 
 
 def gradient(t, params):
@@ -72,29 +64,18 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("name", AROUND)
+in_every_wrapper = pytest.mark.parametrize(
+    "name", marked(needs_optax("0.2.7", "optax.monitor"), AROUND, "monitor")
+)
+
+
+@in_every_wrapper
 def test_a_wrapper_around_gpa_changes_nothing(name, params):
     expected, expected_state = run(make(), params, gradient, 20)
     found, opt_state = run(AROUND[name](make()), params, gradient, 20)
     assert_close(found, expected)
     assert_close(eval_params(opt_state, found), eval_params(expected_state, expected))
     assert_close(iterates(opt_state, found), iterates(expected_state, expected), 1e-4)
-
-
-def test_wrappers_compose(params):
-    optimizer = optax.MultiSteps(
-        optax.apply_if_finite(
-            optax.chain(
-                optax.clip_by_global_norm(1e6),
-                optax.masked(optax.inject_hyperparams(gpa)(optax.adam(LR), MU_X, MU_Y), everything),
-            ),
-            5,
-        ),
-        every_k_schedule=1,
-    ).gradient_transformation()
-    expected, expected_state = run(make(), params, gradient, 20)
-    found, opt_state = run(optimizer, params, gradient, 20)
-    assert_close(eval_params(opt_state, found), eval_params(expected_state, expected))
 
 
 def test_gradients_are_accumulated_by_multisteps(params):
@@ -286,6 +267,8 @@ EVALUATING = {
 }
 
 
+# Of optax 0.2.6 the program of a line search prints, and JAX's store of programs breaks it then.
+@pytest.mark.usefixtures("programs_are_not_stored")
 @pytest.mark.parametrize("base", EVALUATING)
 def test_a_base_that_evaluates_the_loss_steps_from_y(base, params):
     """The three equations, with the base run by hand."""
@@ -383,48 +366,6 @@ def test_map_params_reaches_the_master_copy_when_the_state_dtype_is_given(params
     optimizer = make(state_dtype=jnp.float32)
     zeroed = optax.tree.map_params(optimizer, jnp.zeros_like, optimizer.init(params))
     assert_close(zeroed.y, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-
-
-def test_many_steps_are_traced_once(params):
-    traces = []
-    optimizer = gpa(optax.adam(LR), averaging.warmed_up(0.99), optax.linear_schedule(0.5, 0.9, 20))
-
-    @jax.jit
-    def step(t, params, opt_state):
-        traces.append(t)
-        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = optimizer.init(params)
-    form = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), opt_state)
-    for t in range(30):
-        params, opt_state = step(t, params, opt_state)
-    assert len(traces) == 1
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), opt_state) == form
-
-
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "both"])
-@pytest.mark.parametrize("make", [make, lambda: single_worker_diloco(optax.adam(LR), 3)])
-def test_params_and_state_can_be_donated(make, dtypes, params):
-    if dtypes != "float32":
-        params["a"] = params["a"].astype(jnp.bfloat16)
-    if dtypes == "bfloat16":
-        params["b"] = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["b"])
-    expected, expected_state = run(make(), params, gradient, 5)
-    optimizer = make()
-
-    def step(t, params, opt_state):
-        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    step = jax.jit(step, donate_argnums=(1, 2))
-    opt_state = optimizer.init(params)
-    for t in range(5):
-        given = (params, opt_state)
-        params, opt_state = step(t, params, opt_state)
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given) if leaf.ndim)
-    assert_close(params, expected, 0)
-    assert_close(eval_params(opt_state, params), eval_params(expected_state, expected), 0)
 
 
 def test_vmap_trains_an_ensemble(params):

@@ -3,7 +3,7 @@
 from typing import Any
 
 # The public repository. The notebooks hold the same address, in their badge and where they clone
-# it; tests/test_notebooks.py compares them. Who knows it replaces OWNER everywhere at once:
+# it; tests/docs/test_notebooks.py compares them. Who knows it replaces OWNER everywhere at once:
 #   sed -i 's|OWNER/gpa-optax|the-owner/the-name|g' notebooks/*.py notebooks/*.ipynb
 REPOSITORY = "https://github.com/OWNER/gpa-optax"
 

@@ -11,7 +11,7 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests of the examples compile the same training steps again and again, also in subprocesses.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
@@ -19,8 +19,9 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+
+from helpers.loops import double
 
 # Random examples would make CI fail by chance where float32 meets a discontinuity.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
@@ -36,35 +37,6 @@ def pytest_report_header():
         except PackageNotFoundError:
             found.append(f"no {package}")
     return ", ".join(found)
-
-
-def double(on):
-    """With float64, or without."""
-    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
-
-
-def needs_optax(version, what):
-    """A mark that skips what an older optax lacks, and says so."""
-
-    def numbers(text):
-        return [int(part) for part in text.split(".")[:3]]
-
-    return pytest.mark.skipif(
-        numbers(optax.__version__) < numbers(version),
-        reason=f"{what} needs optax {version}; this is optax {optax.__version__}",
-    )
-
-
-NEEDS_MUON = needs_optax("0.2.8", "gpa_muon")
-
-
-def marked(mark, values, *which):
-    """The values for `pytest.mark.parametrize`, marked where they are or hold one of `which`."""
-    cases = [value if isinstance(value, tuple) else (value,) for value in values]
-    return [
-        pytest.param(*case, marks=mark if any(part in which for part in case) else ())
-        for case in cases
-    ]
 
 
 @pytest.fixture
@@ -96,17 +68,3 @@ def programs_are_not_stored():
     jax.config.update(name, math.inf)
     yield
     jax.config.update(name, before)
-
-
-def run(optimizer, params, gradient, steps):
-    """`steps` jitted steps with gradient(t, params); returns the params and the state."""
-    opt_state = optimizer.init(params)
-
-    @jax.jit
-    def step(t, params, opt_state):
-        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for t in range(steps):
-        params, opt_state = step(t, params, opt_state)
-    return params, opt_state

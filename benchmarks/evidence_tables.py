@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.ensemble import Result, mean_final
 from benchmarks.evidence import STORE
@@ -19,6 +20,7 @@ from benchmarks.statistics import (
 )
 from benchmarks.store import Store, settled
 from benchmarks.studies import STUDIES, Contrast
+from examples.plots import COLOURS
 
 HEADINGS = (
     "", "", "learning rate", "loss at the end", "less AdamW's", "p, by Holm", "signed saving",
@@ -130,3 +132,63 @@ def prediction(store: Store) -> str:
                 f"({low:+.0%} to {high:+.0%}, from {len(found)} conditions)."
             )
     return "\n".join(told or ["Fewer than three conditions are complete."]) + "\n"
+
+
+ONE_LINERS = ("annealed_adamw", "anytime_adamw")
+
+
+def brief(store: Store) -> tuple[Sequence[str], list[list[str]]]:
+    """For the README: what the one-liners gain where people copy them, and by chance."""
+    lines = []
+    for condition, contrasts in complete("blocks", store):
+        named = {contrast.name: contrast for contrast in contrasts}
+        cells = []
+        for name in ONE_LINERS:
+            d, s = difference(named[name]), saving(named[name])
+            cells += [
+                "diverged" if d is None else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
+                f"{s.saved:+.0%} (by chance within {s.by_chance:.0%})",
+            ]
+        lines.append([condition, f"{mean_final(contrasts[0].baseline):.3f}", *cells])
+    headings = ["", "tuned AdamW ends at"]
+    for name in ONE_LINERS:
+        headings += [f"`{name}`: loss less AdamW's", "steps saved"]
+    return headings, lines
+
+
+Curves = dict[str, dict[str, tuple[list[float], list[float], list[float]]]]
+
+
+def curves(store: Store) -> Curves:
+    """Steps, mean held-out loss and its standard error, of AdamW and the one-liners in each
+    condition of the study "blocks"."""
+    found: Curves = {}
+    for condition, contrasts in complete("blocks", store):
+        runs = {"AdamW, tuned": contrasts[0].baseline}
+        runs |= {c.name: c.contender for c in contrasts if c.name in ONE_LINERS}
+        panel = found.setdefault(condition, {})
+        for name, same in runs.items():
+            losses = np.array([run.curve["loss"] for run in same])
+            error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
+            panel[name] = (same[0].curve["step"], losses.mean(axis=0).tolist(), error.tolist())
+    return found
+
+
+def figure(found: Curves) -> Figure:
+    """The second half of the runs; a line at the height at which AdamW ends."""
+    drawn = Figure(figsize=(4 * max(len(found), 1.5), 3.4), layout="constrained")
+    drawn.patch.set_facecolor("white")
+    panels = np.atleast_1d(drawn.subplots(1, len(found)))
+    for axes, (condition, lines) in zip(panels, found.items(), strict=True):
+        for colour, (name, (steps, mean, error)) in zip(COLOURS, lines.items(), strict=False):
+            late = np.array(steps) >= steps[-1] / 2
+            x, y, e = (np.array(values)[late] for values in (steps, mean, error))
+            axes.plot(x, y, color=colour, label=name)
+            axes.fill_between(x, y - e, y + e, color=colour, alpha=0.2, linewidth=0)
+            if name == "AdamW, tuned":
+                axes.axhline(y[-1], color=colour, linewidth=0.8, linestyle="--")
+        axes.set(xlabel="Step", title=condition)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("Held-out loss at x (nats per token)")
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return drawn

@@ -510,6 +510,7 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     runs = settled(ingredients.mu_map, store) or {}
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
     yield "update-cost", cost_figure, on_the_cpu("default")
+    yield "blocks", evidence_tables.figure, evidence_tables.curves(evidence_tables.stored())
     yield "convex", convex.figure, results("convex")
     yield "long-runs", long_runs.figure, results("long_runs")
 
@@ -549,6 +550,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
         found[f"evidence-{study}"] = lambda study=study: markdown(
             *evidence_tables.table(study, evidence)
         )
+    found["evidence-in-brief"] = lambda: markdown(*evidence_tables.brief(evidence))
     found["evidence-tuning"] = lambda: markdown(*evidence_tables.tuning(evidence))
     found["evidence-prediction"] = lambda: evidence_tables.prediction(evidence)
     for name, table in accelerator_tables.TABLES.items():

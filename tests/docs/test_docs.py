@@ -60,11 +60,15 @@ def run_blocks(page: str, names: dict, count: int) -> None:
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting_started.md"])
-def test_the_loop_of_the_front_page_trains(page, names):
+def test_the_front_page_runs_as_it_stands(capsys):
+    run_blocks("README.md", {}, 1)
+    assert float(capsys.readouterr().out) < 0.1  # of 0.5, the variance of the targets
+
+
+def test_the_loop_of_getting_started_trains(names):
     start = names["loss"](names["params"], names["validation_batch"])
     names["steps"] = len(names["batches"])
-    run_blocks(page, names, 1)
+    run_blocks("docs/getting_started.md", names, 1)
     assert names["validation_loss"] < start
 
 

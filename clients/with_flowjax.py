@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["flowjax~=19.1", "optax"]
+# dependencies = ["flowjax~=19.1.2", "optax"]
 # ///
 """flowjax: `fit_to_data` returns the distribution alone; `end_at_x` makes it that of x."""
 

@@ -195,9 +195,20 @@ def test_every_recipe_is_shown_on_a_page():
     shown = {
         name
         for page in DOCS.glob("recipes/*.md")
-        for name in re.findall(r"```{literalinclude} (\S+)", page.read_text())
+        for name in re.findall(r"```{literalinclude} ([\w.]+)\n", page.read_text())
     }
     assert shown == {recipe.name for recipe in RECIPES}
+
+
+def test_every_program_of_a_client_is_on_the_page_of_other_libraries():
+    """With the version that its header names; `make clients` runs them."""
+    page = (DOCS / "recipes" / "other_trainers.md").read_text()
+    linked = re.findall(r"\| ([^|]+) \| \[(with_\w+\.py)\]", page)
+    programs = {path.name: path.read_text() for path in ROOT.glob("clients/with_*.py")}
+    assert sorted(program for _, program in linked) == sorted(programs)
+    for told, program in linked:
+        for version in told.split(", "):
+            assert re.search(rf"[~=]={re.escape(version)}\W", programs[program]), (program, version)
 
 
 def test_the_reference_has_every_public_name_and_no_other():

@@ -270,6 +270,7 @@ def test_nothing_in_the_repository_loads_what_may_hold_code():
         "examples",
         "benchmarks",
         "notebooks",
+        "clients",
         "tests",
         "docs",
         ".ci",

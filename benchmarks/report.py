@@ -3,10 +3,10 @@
 python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
-Tables stand between two comments in README.md, benchmarks/pages, docs/accelerator.md and
-docs/tested.md; that of bad input and its errors is made by running bad_input.py. A figure
-carries a digest of its numbers and of the code that draws it, by which it is known to be up to
-date.
+Tables stand between two comments in README.md, benchmarks/pages, docs/accelerator.md,
+docs/tested.md and docs/api/errors.md; that of bad input and its errors is made by running
+bad_input.py. A figure carries a digest of its numbers and of the code that draws it, by which it is
+known to be up to date.
 """
 
 import dataclasses
@@ -59,6 +59,7 @@ PAGES = (
     *sorted((ROOT / "benchmarks" / "pages").glob("*.md")),
     ROOT / "docs" / "accelerator.md",
     ROOT / "docs" / "tested.md",
+    ROOT / "docs" / "api" / "errors.md",
 )
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TITLES = {

@@ -5,6 +5,7 @@
 """Levanter: GPA as an `OptimizerConfig` of its registry, and hooks that are called with x."""
 
 import dataclasses
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from gpa_optax import anytime_adamw, check_step, eval_params
 @OptimizerConfig.register_subclass("anytime_adamw")
 @dataclasses.dataclass(frozen=True)
 class AnytimeAdamWConfig(OptimizerConfig):
-    """`optimizer: {type: anytime_adamw, learning_rate: ..., warmup: 0.2}`, once this is imported."""
+    """`optimizer: {type: anytime_adamw, learning_rate: ..., warmup: 0.2}`, once it is imported."""
 
     max_grad_norm: float = 1.0
 
@@ -97,7 +98,7 @@ with trainer:
         name: float(loss(eqx.combine(params, info.model), everything)[0].array)
         for name, params in (("x", x), ("y", y))
     }
-for before, after in zip(seen[16:25], seen[17:26], strict=True):
+for before, after in itertools.pairwise(seen[16:26]):
     check_step(before, after)
 for name in expected:
     assert np.isclose(found[name], expected[name], rtol=1e-4), (found, expected)

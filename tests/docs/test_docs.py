@@ -21,12 +21,19 @@ from helpers import ROOT
 
 DOCS = ROOT / "docs"
 RECIPES = sorted(DOCS.glob("recipes/*.py"))
-BORROWED = {"benchmarks.md", "examples.md", "contributing.md", "changelog.md"}  # copies
+BORROWED = {
+    "benchmarks",
+    "benchmarks.md",
+    "examples.md",
+    "contributing.md",
+    "changelog.md",
+}  # copies
 PAGES = [
     *ROOT.glob("*.md"),
     ROOT / "benchmarks" / "README.md",
     ROOT / "examples" / "README.md",
-    *(page for page in DOCS.rglob("*.md") if page.name not in BORROWED),
+    *(ROOT / "benchmarks" / "pages").glob("*.md"),
+    *(page for page in DOCS.rglob("*.md") if page.relative_to(DOCS).parts[0] not in BORROWED),
 ]
 
 

@@ -29,6 +29,8 @@ from helpers import ROOT
 from helpers.needs import needs_cuda_plugin
 from planning.machines import compile_for, find
 
+pytestmark = pytest.mark.processes
+
 PARTS = list(worker.PARTS)
 # What a machine with a GPU may lack. flax and torch try some of it; this repository must not.
 LACKING = """

@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from helpers.needs import needs
 
 needs("grain", "tyro")
 
 from benchmarks.train_step import covered
 from helpers import ROOT
+
+pytestmark = pytest.mark.processes
 
 
 def test_overlapping_spans_count_once():

@@ -27,6 +27,8 @@ from benchmarks.members import MEMBERS, train_member
 from benchmarks.store import make
 from examples.llama.model import LlamaConfig
 
+pytestmark = pytest.mark.processes
+
 SMALL = Workload(
     LlamaConfig(257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32), length=16, batch_size=4
 )

@@ -25,6 +25,8 @@ from examples.vit.__main__ import main as vit_main
 from helpers import ROOT
 from helpers.programs import on_devices, write_text
 
+pytestmark = pytest.mark.processes
+
 MODEL = "--model.vocab-size 300 --model.dim 16 --model.hidden 32 --batch-size 4 --length 16"
 RUN = "--evaluate-every 10 --validation-examples 8"
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {

@@ -31,6 +31,8 @@ from helpers import ROOT
 from helpers.loops import assert_same
 from helpers.programs import environment, llama, on_devices, saved, train
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):

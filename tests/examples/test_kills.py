@@ -27,6 +27,8 @@ from helpers import ROOT
 from helpers.loops import assert_same
 from helpers.programs import environment, saved, write_text
 
+pytestmark = pytest.mark.processes
+
 KINDS = {"llama": TrainLlama, "vit": TrainViT}
 EVERY = 4  # steps from one checkpoint to the next
 MOMENTS = ("in a step", "in an evaluation", "in a checkpoint write")

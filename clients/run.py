@@ -17,7 +17,7 @@ ENVIRONMENTS = ROOT / ".venv-clients"
 
 def header(program: Path) -> dict:
     """What a program says that it needs, in the form of PEP 723."""
-    (lines,) = re.findall(r"(?m)^# /// script\n(.*\n)*?# ///$", program.read_text())
+    (lines,) = re.findall(r"(?m)^# /// script\n((?:# .*\n)+?)# ///$", program.read_text())
     return tomllib.loads(re.sub(r"(?m)^# ", "", lines))
 
 
@@ -29,24 +29,22 @@ def install(program: Path, python: Path) -> str:
         return f"needs Python {oldest}; give it as PYTHON"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", python.parent.parent], check=True)
-    # Not with this library's own requirements, which need not be those that a client can meet.
-    for what in (needs["dependencies"], ["--no-deps", "--editable", ROOT]):
-        done = run(python, "-m", "pip", "install", "--quiet", *what)
-        if done.returncode:
-            return last_line(done.stderr)
-    return ""
+    done = run(python, "-m", "pip", "install", "--quiet", *needs["dependencies"])
+    return last_line(done.stderr) if done.returncode else ""
 
 
 def versions(program: Path, python: Path) -> str:
     listed = run(python, "-m", "pip", "list", "--format", "freeze").stdout.split()
     of = dict(line.split("==") for line in listed if "==" in line)
-    needs = [re.split(r"[^\w-]", need)[0] for need in header(program)["dependencies"]]
-    return ", ".join(f"{name} {of[name]}" for name in dict.fromkeys([*needs, "jax", "optax"]))
+    client = re.split(r"[~=]", header(program)["dependencies"][0])[0]
+    return ", ".join(f"{name} {of[name]}" for name in (client, "jax", "optax"))
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    # This library is taken from the checkout, without its own requirements: Levanter needs an older
+    # optax than those.
+    ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | ours)
 
 
 def last_line(text: str) -> str:

@@ -1,6 +1,16 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["kauldron~=1.4.4", "optax"]
+# dependencies = [
+#     "kauldron~=1.4.4",
+#     "optax",
+#     # Its requirements leave these open, and pip alone searches long for what goes together.
+#     "google-api-core~=2.44.0",
+#     "google-cloud-aiplatform~=2.7.0",
+#     "google-cloud-bigquery~=3.47.0",
+#     "google-cloud-storage~=3.17.0",
+#     "grpcio-status~=1.85.3",
+#     "protobuf~=6.33.0",
+# ]
 # ///
 """Kauldron: an `InitTransform` gives an evaluator x; without one its params are y."""
 

@@ -4,9 +4,10 @@
 # ///
 """Keras on JAX: an optimizer that holds an optax one, and a callback that evaluates at x.
 
-Give the adapter neither weight decay nor an average of Keras' own: both stand outside of GPA.
+Give the adapter neither `weight_decay` nor `use_ema`: both act on the params, outside of GPA.
 """
 
+import itertools
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
@@ -92,7 +93,7 @@ history = model.fit(
     validation_data=(inputs, targets), callbacks=[EvaluateAtX(), watch],
 ).history  # fmt: skip
 
-for before, after in zip(watch.seen[10:20], watch.seen[11:21], strict=True):
+for before, after in itertools.pairwise(watch.seen[10:21]):
     check_step(before, after)
 
 

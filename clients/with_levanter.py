@@ -1,6 +1,17 @@
 # /// script
 # requires-python = ">=3.12"
-# dependencies = ["marin-levanter==0.2.227.dev40316220070", "optax<0.2.7"]
+# dependencies = [
+#     "marin-levanter==0.2.227.dev40316220070",
+#     "optax<0.2.7",
+#     # Its requirements leave these open, and pip alone searches long for what goes together.
+#     "datasets~=4.8.5",
+#     "fsspec==2026.2.0",
+#     "gcsfs==2026.2.0",
+#     "google-api-core~=2.44.0",
+#     "google-cloud-storage~=3.17.0",
+#     "s3fs==2026.2.0",
+#     "transformers~=5.12.1",
+# ]
 # ///
 """Levanter: GPA as an `OptimizerConfig` of its registry, and hooks that are called with x."""
 
@@ -26,7 +37,7 @@ from gpa_optax import anytime_adamw, check_step, eval_params
 @OptimizerConfig.register_subclass("anytime_adamw")
 @dataclasses.dataclass(frozen=True)
 class AnytimeAdamWConfig(OptimizerConfig):
-    """`optimizer: {type: anytime_adamw, learning_rate: ..., warmup: 0.2}`, once it is imported."""
+    """`optimizer: {type: anytime_adamw, learning_rate: 2e-3}` in a file, once this is imported."""
 
     max_grad_norm: float = 1.0
 

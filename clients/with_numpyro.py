@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpyro~=0.22.0"]
+# dependencies = ["numpyro~=0.22.0", "optax"]
 # ///
 """NumPyro: `SVI` keeps the params unconstrained, and so is x; `svi.constrain_fn` maps it."""
 

@@ -4,6 +4,7 @@
 # ///
 """Tunix: hooks lend x to the model while it is evaluated, and give y back."""
 
+import itertools
 import tempfile
 
 import jax
@@ -82,7 +83,7 @@ trainer = trainer.with_loss_fn(loss)
 trainer.with_training_hooks(hooks)
 trainer.train(batches, [everything])
 
-for before, after in zip(hooks.seen[11:], hooks.seen[12:], strict=False):
+for before, after in itertools.pairwise(hooks.seen[11:]):
     check_step(before, after)
 
 # The model trains on from y; x is for evaluation, and for export when training is over.

@@ -247,3 +247,15 @@ def test_relative_links_lead_to_files_and_headings(page):
             # As GitHub and MyST make anchors of headings.
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in slugs, f"{link} in {page}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_of_prose_is_longer_than_120_characters(page):
+    """Tables, code, formulas and what programs printed are no prose."""
+    inside, long = False, []
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if line.strip().startswith(("```", "$$")):
+            inside = not inside
+        elif not inside and len(line) > 120 and not line.lstrip().startswith(tuple("|┃│├┏┡└")):
+            long.append(number)
+    assert not long

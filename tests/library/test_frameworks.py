@@ -270,7 +270,10 @@ def trained(tx, dtype=jnp.float32):
 WHOLE = {
     "gpa": gpa(optax.sgd(0.05), 0.9, 0.7),
     "chain": optax.chain(optax.clip(1.0), gpa_adamw(0.05, 0.9, 0.7)),
-    "inject_hyperparams": optax.inject_hyperparams(gpa_adamw)(0.05, mu_x=0.9, mu_y=0.7),
+    # An optax below 0.2.8 goes by the first leaf's dtype: in bfloat16 b2 is 1.
+    "inject_hyperparams": optax.inject_hyperparams(gpa_adamw, hyperparam_dtype=jnp.float32)(
+        0.05, mu_x=0.9, mu_y=0.7
+    ),
     "diloco": single_worker_diloco(optax.adam(0.05), 2),
 }
 

@@ -1,6 +1,7 @@
 """Optimizer states as each release saved them, and what must come of them in every later one.
 
-`python tests/helpers/saved_states.py` makes the folder of the present release. A folder holds
+`PYTHONPATH=tests python -m helpers.saved_states` makes the folder of the present release. A folder
+holds
 
 * ``leaves.json``: params and state of every program after `STEPS` updates, leaf by leaf, the
   gradient that comes next, what both must lead to, and the versions that wrote it;

@@ -107,7 +107,7 @@ def test_orbax_restores_a_saved_state_bit_for_bit(release, name):
 def test_this_release_has_its_states_saved():
     saved = RELEASES.get(gpa_optax.__version__, {})
     assert saved_programs(saved) == [*programs()], (
-        "see CONTRIBUTING.md: python tests/helpers/saved_states.py"
+        "see CONTRIBUTING.md: PYTHONPATH=tests python -m helpers.saved_states"
     )
 
 

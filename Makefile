@@ -78,8 +78,8 @@ plans:
 	version=$$($(VENV)-plans/bin/python -c 'import jax; print(jax.__version__)') && \
 		$(VENV)-plans/bin/python -m pip install --quiet --no-deps \
 		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
-	$(VENV)-plans/bin/python -m pytest tests/test_planning.py tests/test_costs.py \
-		tests/test_accelerator.py::TestOnAnH100 $(ARGS)
+	$(VENV)-plans/bin/python -m pytest tests/examples/test_planning.py tests/library/test_costs.py \
+		tests/benchmarks/test_accelerator.py::TestOnAnH100 $(ARGS)
 
 test-oldest:
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest

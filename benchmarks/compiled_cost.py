@@ -161,13 +161,13 @@ def show(result: dict[str, Any], target: str, dtype: str) -> Table:
                 f"{row['moved']:.1f}",
                 f"{row['floor']:.1f}",
             )
-    table.caption = "Kernels a leaf; bytes a param that they move, and would have to move."
+    table.caption = "Kernels per leaf; bytes per parameter that they move, and would have to move."
     return table
 
 
 def show_states(result: dict[str, Any], dtypes: Sequence[str]) -> Table:
     """The memory that is the same on all targets."""
-    table = Table(title="Bytes of state a param", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title="Bytes of state per parameter", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("optimizer", no_wrap=True)
     for dtype in dtypes:
         table.add_column(f"{dtype} params", justify="right")

@@ -47,14 +47,19 @@ ON_THE_WAY = 512  # and before
 PART = 32  # that are evaluated at a time; on a CPU 64 take a sixth longer
 # What each optimizer may be given beside learning rate, warmup and weight decay, and its defaults.
 BASE = {"b1": 0.9, "b2": 0.95, "schedule": "linear", "decay": 0.2, "final": 0.0}
-AVERAGE = {"average": "annealed", "window": 0.05, "mu_x": None, "power": 0.0}
+AVERAGE = {
+    "average": "annealed", "window": 0.05, "mu_x": None,
+    "power": 0.0,  # of polynomial
+    "step_power": 0.0, "start": 0.0,  # of lr-weighted; the start as a part of the run
+}  # fmt: skip
+GPA = {"base_params": "z", "mu_y_schedule": "constant"}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "annealed": {"mu_y": 0.9, "window": 0.05, "b2": 0.95},
     "anytime": {"mu_y": 0.9, "b2": 0.95},
     "adamw": BASE,
     "muon": BASE,
-    "gpa-adamw": {**BASE, **AVERAGE, "b1": 0.0, "mu_y": 0.9, "base_params": "z"},
-    "gpa-muon": {**BASE, **AVERAGE, "mu_y": 0.5, "base_params": "z"},
+    "gpa-adamw": {**BASE, **AVERAGE, **GPA, "b1": 0.0, "mu_y": 0.9},
+    "gpa-muon": {**BASE, **AVERAGE, **GPA, "mu_y": 0.5},
     "ema-adamw": {**BASE, **AVERAGE, "average": "warmed-up"},
     "ema-muon": {**BASE, **AVERAGE, "average": "warmed-up"},
     "schedule-free-adamw": {**BASE, "b1": 0.0, "schedule": "constant", "mu_y": 0.9},
@@ -155,6 +160,10 @@ class Result:
     """CPU time, or its share of the time of those that were trained together."""
 
 
+def mean_final(runs: Sequence[Result]) -> float:
+    return float(np.mean([run.final for run in runs]))
+
+
 def shape(member: Member, settings: Mapping[str, Any]) -> optax.Schedule:
     """The learning rate as a part of its peak."""
     warmup, final = member.warmup_steps, settings["final"]
@@ -198,7 +207,8 @@ def optimizer_of(member: Member, settings: Mapping[str, Any]) -> Optimizer:
     )
     if around in ("gpa", "ema"):
         mu_x = average(member, relative, settings)
-        mu_y, at = settings.get("mu_y", 0.0), settings.get("base_params", "z")
+        mu_y = momentum(member, settings) if around == "gpa" else 0.0
+        at = settings.get("base_params", "z")
         optimizer = gpa_optax.gpa(optimizer, mu_x, mu_y, base_params=at)
     elif around == "schedule-free":
         optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings["mu_y"])
@@ -223,8 +233,29 @@ def average(
         "warmed-up": lambda: averaging.warmed_up(mu_x),
         "constant": lambda: mu_x,
         "polynomial": lambda: averaging.polynomial(settings["power"]),
-        "lr-weighted": lambda: averaging.lr_weighted(relative, member.warmup_steps),
+        "lr-weighted": lambda: averaging.lr_weighted(
+            relative,
+            member.warmup_steps,
+            step_power=settings["step_power"],
+            start=round(settings["start"] * member.steps),
+        ),
     }[settings["average"]]()
+
+
+def momentum(member: Member, settings: Mapping[str, Any]) -> optax.ScalarOrSchedule:
+    """mu_y, which grows from `mu_y` as in docs/averages.md, or stays there."""
+    mu_y = settings["mu_y"]
+
+    def amuse(count):  # from the end of the warmup on, with a rho of 0.8
+        warmup = max(2, member.warmup_steps)
+        return 1 - (1 - mu_y) * ((warmup - 1) / jnp.maximum(count, warmup - 1)) ** 0.8
+
+    def schedule_free_plus(count):  # to 0.965 in the first half of the run
+        progress = jnp.minimum(1, count / (member.steps / 2))
+        return 1 - (1 - mu_y) ** (1 - progress) * (1 - 0.965) ** progress
+
+    schedules = {"constant": mu_y, "amuse": amuse, "schedule-free-plus": schedule_free_plus}
+    return schedules[settings["mu_y_schedule"]]
 
 
 class Program(NamedTuple):

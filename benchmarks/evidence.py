@@ -1,4 +1,4 @@
-"""Goes on with the studies of `benchmarks.studies`, in the order of their worth.
+"""Resumes the studies of `benchmarks.studies`, in the order of their worth.
 
 python -m benchmarks.evidence                      # all of them, for many hours
 
@@ -10,21 +10,23 @@ not there are left out, and told.
 """
 
 import argparse
+import functools
 import os
 import sys
 from pathlib import Path
 
 from benchmarks import corpus
 from benchmarks.ensemble import Member
-from benchmarks.store import RESULTS, Store, execute
+from benchmarks.members import MEMBERS, train_member
+from benchmarks.store import RESULTS, Store, make
 from benchmarks.studies import STUDIES, missing
 
-STORE = RESULTS / "llama.jsonl"
+STORE = RESULTS / "evidence" / "llama.jsonl"
 
 
 def next_members(store: Store, names: list[str], folder: Path) -> list[Member]:
     """Those whose corpus is there; tells of the others."""
-    members = missing({result.member.identity: result for result in store}, names)
+    members = missing(store, names)
     made, lacking = [], set()
     for member in members:
         name = f"{member.workload.text}-{member.workload.model.vocab_size}"
@@ -49,10 +51,12 @@ def main() -> int:
     flags = parser.parse_args()
     if unknown := set(flags.studies) - {*STUDIES}:
         parser.error(f"there is no study {', '.join(sorted(unknown))}, but {', '.join(STUDIES)}.")
-    store = Store(STORE)
+    store = Store(STORE, kind=MEMBERS)
+    train = functools.partial(train_member, folder=flags.folder)
     while members := next_members(store, flags.studies or [*STUDIES], flags.folder):
         print(f"{len(members)} runs can be made now, {len(store.records)} are stored.")
-        execute(members, store, flags.workers, flags.folder)
+        # A few at a time: what is tuned first decides which runs are worth most.
+        make(store, members[: 4 * flags.workers], flags.workers, train)
     return 0
 
 

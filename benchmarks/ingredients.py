@@ -1,6 +1,6 @@
 """What each ingredient of GPA's recipe brings, apart from the others, on the workload `text`.
 
-python -m benchmarks.ingredients                # goes on with all of it, for hours
+python -m benchmarks.ingredients                # resumes all of it, for hours
 
 python -m benchmarks.ingredients map
 
@@ -22,15 +22,15 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from benchmarks.runs import Store, Study, pursue, settled, table
+from benchmarks.runs import pursue, stored, table
 from benchmarks.statistics import Estimate, estimate
 from benchmarks.steps_to_target import (
-    RESULTS,
     TRIAL_SEED,
     config,
     interval,
     trials,
 )
+from benchmarks.store import Store, results_of, settled
 from examples.config import OneRun
 from examples.settings import Settings
 
@@ -63,8 +63,8 @@ MU_YS = (0.0, 0.5, 0.7, 0.9)
 HORIZONS = (2, 10, 100, 300)  # steps that the average remembers; the last is mu_x = 0.9967
 
 
-def gpa_settings(store: Store) -> Study:
-    best, *_ = yield from trials(WORKLOAD, "gpa-adamw", store)
+def gpa_settings(store: Store) -> Settings:
+    best, *_ = trials(WORKLOAD, "gpa-adamw", store)
     return best.settings
 
 
@@ -72,23 +72,23 @@ def changed(settings: Settings, seed: int, **change: Any) -> OneRun:
     return config(WORKLOAD, "gpa-adamw", dataclasses.replace(settings, **change), seed)
 
 
-def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> Study:
+def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, list[OneRun]]:
     """The runs of GPA's setting and of each variant."""
-    settings = yield from gpa_settings(store)
-    base, *_ = yield from trials(WORKLOAD, "adamw", store)
+    settings = gpa_settings(store)
+    base, *_ = trials(WORKLOAD, "adamw", store)
     runs = {"": [changed(settings, seed) for seed in seeds]}
     for name, (multiple, change) in VARIANTS.items():
         rate = base.settings.learning_rate
         if multiple is not None:
             rate = multiple * settings.learning_rate
         runs[name] = [changed(settings, seed, learning_rate=rate, **change) for seed in seeds]
-    yield [run for variant in runs.values() for run in variant]
+    results_of(store, (run for variant in runs.values() for run in variant))
     return runs
 
 
-def mu_map(store: Store) -> Study:
+def mu_map(store: Store) -> dict[tuple[float | None, float], OneRun]:
     """A run for each (window in steps, mu_y); None is Schedule-Free's average, 1 the base alone."""
-    settings = yield from gpa_settings(store)
+    settings = gpa_settings(store)
     constant = dataclasses.replace(settings, schedule="constant", average="warmed-up")
     runs = {
         (horizon, mu_y): changed(constant, TRIAL_SEED, mu_y=mu_y, mu_x=1 - 1 / horizon)
@@ -99,13 +99,13 @@ def mu_map(store: Store) -> Study:
         for mu_y in MU_YS
     }
     runs[1, 0.0] = changed(constant, TRIAL_SEED, mu_y=0.0, mu_x=0.0)
-    yield list(runs.values())
+    results_of(store, runs.values())
     return runs
 
 
 def effects(store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, tuple[float, Estimate | None]]:
     """Mean loss at the end of each variant, and how much higher it is than GPA's setting's."""
-    runs = settled(ingredients(store, seeds), store)
+    runs = settled(ingredients, store, seeds)
     if runs is None:
         return {}
     losses = {name: np.array([store[run].loss for run in same]) for name, same in runs.items()}
@@ -129,7 +129,7 @@ STUDIES = {"ingredients": ingredients, "map": mu_map}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with studies where they were, and prints what they say so far."""
+    """Resumes the studies where they were, and prints what they say so far."""
 
     studies: Annotated[tuple[Literal["ingredients", "map"], ...], tyro.conf.Positional] = tuple(
         STUDIES
@@ -141,9 +141,9 @@ class Config:
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.ingredients", description=__doc__)
-    console, store = Console(), Store(RESULTS)
+    console, store = Console(), stored()
     for name in flags.studies:
-        pursue(STUDIES[name](store), store, flags.workers, console)
+        pursue(store, flags.workers, STUDIES[name], store)
     console.print(table(HEADINGS, effects_table(effects(store))))
     return 0
 

@@ -3,10 +3,10 @@
 python -m benchmarks.report            # writes them
 python -m benchmarks.report --check    # exit status 1, and their names, if any is not up to date
 
-Tables stand between two comments in README.md, benchmarks/README.md, docs/accelerator.md and
-docs/tested.md; that of bad input and its errors is made by running bad_input.py. A figure
-carries a digest of its numbers and of the code that draws it, by which it is known to be up to
-date.
+Tables stand between two comments in README.md, benchmarks/pages, docs/accelerator.md,
+docs/tested.md and docs/api/errors.md; that of bad input and its errors is made by running
+bad_input.py. A figure carries a digest of its numbers and of the code that draws it, by which it is
+known to be up to date.
 """
 
 import dataclasses
@@ -25,9 +25,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks import bad_input, convex, ingredients, long_runs, steps_to_target, transfer
+from benchmarks import (
+    bad_input,
+    convex,
+    evidence_tables,
+    ingredients,
+    long_runs,
+    steps_to_target,
+    transfer,
+)
 from benchmarks.accelerator import tables as accelerator_tables
-from benchmarks.runs import Store, settled
+from benchmarks.runs import stored
 from benchmarks.statistics import (
     against_itself,
     bootstrap,
@@ -37,6 +45,8 @@ from benchmarks.statistics import (
     signed_saving,
 )
 from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
+from benchmarks.store import Store, settled
+from benchmarks.studies import STUDIES
 from examples.config import OneRun
 from examples.files import write_whole
 from examples.plots import COLOURS
@@ -46,9 +56,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (
     ROOT / "README.md",
-    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "benchmarks" / "pages").glob("*.md")),
     ROOT / "docs" / "accelerator.md",
     ROOT / "docs" / "tested.md",
+    ROOT / "docs" / "api" / "errors.md",
 )
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 TITLES = {
@@ -101,7 +112,7 @@ def trials_table(store: Store, workload: str) -> str:
     """Every tuning trial, the best of an optimizer first."""
     lines = []
     for name in WORKLOADS[workload].contenders:
-        tried = settled(steps_to_target.trials(workload, name, store), store)
+        tried = settled(steps_to_target.trials, workload, name, store)
         for trial in tried or ():
             changed = {
                 field: value
@@ -117,8 +128,8 @@ def trials_table(store: Store, workload: str) -> str:
 
 def beside_adamw(workload: str, store: Store) -> dict[str, list[OneRun]]:
     """The recipe's runs, and the finals' with AdamW as the base on the same seeds."""
-    finals = settled(steps_to_target.finals(workload, store), store)
-    recipe = settled(transfer.on_workload(workload, store), store)
+    finals = settled(steps_to_target.finals, workload, store)
+    recipe = settled(transfer.on_workload, workload, store)
     if finals is None or recipe is None:
         return {}
     found = {name: runs for name, runs in finals.items() if parts(name)[1] == "adamw"}
@@ -200,7 +211,7 @@ def all_savings(store: Store) -> list[Saving]:
         runs = beside_adamw(workload, store)
         found += savings(TITLES[workload], runs, AFTER[workload], store) if runs else []
     for condition in transfer.CONDITIONS:
-        runs = settled(transfer.on_condition(condition, store), store)
+        runs = settled(transfer.on_condition, condition, store)
         if runs is not None:
             both = {"adamw": runs["adamw"], RECIPE: runs["gpa-adamw"]}
             found += savings(condition, both, set(), store)
@@ -302,7 +313,7 @@ def curves_figure(curves: dict[str, dict[str, tuple[list[float], list[float], li
 
 
 def mean_curves(workload: str, store: Store) -> dict[str, Any]:
-    whole = settled(steps_to_target.finals(workload, store), store)
+    whole = settled(steps_to_target.finals, workload, store)
     found = {}
     for name, runs in (whole or {}).items():
         if parts(name)[1] == "adamw":
@@ -339,7 +350,7 @@ def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Fi
 def all_trials(workload: str, store: Store) -> dict[str, list[tuple[float, float]]]:
     found = {}
     for name in WORKLOADS[workload].contenders:
-        tried = settled(steps_to_target.trials(workload, name, store), store)
+        tried = settled(steps_to_target.trials, workload, name, store)
         if tried and parts(name)[1] == "adamw":
             found[name] = [(t.settings.learning_rate, store[t].loss) for t in tried]
     return found
@@ -420,22 +431,22 @@ def cost_table() -> str:
             continue
         kernels = max(u["kernels_per_leaf"] for u in found)
         moved = {u["target"]: u["moved"] for u in found}
-        low, median, high = timed[name]["ratio"]
+        everywhere = [u["ratio"][1] for u in updates("update_cost") if u["optimizer"] == name]
         lines.append(
             [
                 f"`{name}`",
                 f"{found[0]['state_bytes']:.0f}",
                 f"{kernels:.2g}",
                 f"{moved['h100:1']:.0f} ({found[0]['floor']:.0f})",
-                f"{median:.2f} ({low:.2f} to {high:.2f})",
+                f"{timed[name]['ratio'][1]:.2f} ({min(everywhere):.2f} to {max(everywhere):.2f})",
             ]
         )
     headings = (
         "update of",
-        "state, bytes a param",
-        "kernels a leaf, the most on H100, TPU v5e, v5p, v6e",
-        "bytes moved a param on H100 (at least)",
-        "time on a CPU, `optax.adamw` = 1 (quartiles)",
+        "state, bytes per parameter",
+        "kernels per leaf (maximum over H100, TPU v5e, v5p, v6e)",
+        "bytes moved per parameter on H100 (at least)",
+        "time on a CPU, `optax.adamw` = 1 (range over sizes and schedulers)",
     )
     return markdown(headings, lines)
 
@@ -475,8 +486,8 @@ def compiled_table() -> str:
         for update in updates("compiled_cost")
     ]
     headings = (
-        "target", "params", "update of", "kernels a leaf", "temporaries, KiB", "in place",
-        "bytes moved a param", "at least", "bytes of state a param",
+        "target", "params", "update of", "kernels per leaf", "temporaries, KiB", "in place",
+        "bytes moved per parameter", "at least", "bytes of state per parameter",
     )  # fmt: skip
     return markdown(headings, lines)
 
@@ -497,9 +508,10 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     ):
         each = {workload: numbers(workload, store) for workload in WORKLOADS}
         yield name, draw, {workload: found for workload, found in each.items() if found}
-    runs = settled(ingredients.mu_map(store), store) or {}
+    runs = settled(ingredients.mu_map, store) or {}
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
     yield "update-cost", cost_figure, on_the_cpu("default")
+    yield "blocks", evidence_tables.figure, evidence_tables.curves(evidence_tables.stored())
     yield "convex", convex.figure, results("convex")
     yield "long-runs", long_runs.figure, results("long_runs")
 
@@ -534,6 +546,14 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     found["convex"] = lambda: convex.table(results("convex"))
     found["long-runs"] = lambda: markdown(*long_runs.table(results("long_runs")))
     found["errors"] = errors_table
+    evidence = evidence_tables.stored()
+    for study in STUDIES:
+        found[f"evidence-{study}"] = lambda study=study: markdown(
+            *evidence_tables.table(study, evidence)
+        )
+    found["evidence-in-brief"] = lambda: markdown(*evidence_tables.brief(evidence))
+    found["evidence-tuning"] = lambda: markdown(*evidence_tables.tuning(evidence))
+    found["evidence-prediction"] = lambda: evidence_tables.prediction(evidence)
     for name, table in accelerator_tables.TABLES.items():
         found[name] = lambda table=table: markdown(
             *table(RESULTS / "accelerator"), missing="Not measured yet.\n"
@@ -578,7 +598,7 @@ class Config:
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.report")
     count = 0
-    for path, write in stale(Store(steps_to_target.RESULTS)):
+    for path, write in stale(stored()):
         count += 1
         print(f"{path.relative_to(ROOT)} {'is not up to date' if flags.check else 'written'}")
         if not flags.check:

@@ -1,44 +1,37 @@
-"""Training runs of a study: each is stored once, under what decides its result.
+"""Runs of the examples' trainer as a store holds them.
 
-A run is a configuration of the examples' trainer (`examples.train.OneRun`), of which it uses the
-model, the data, the optimizer and the compiled step; what is left out is what costs time in a run
-of a minute: checkpoints, metrics of every step, the display.
+Such a run is a configuration (`examples.config.OneRun`), of which a study uses the model, the data,
+the optimizer and the compiled step; what is left out is what costs time in a run of a minute:
+checkpoints, metrics of every step, the display.
 """
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from rich import box
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import processor
 from benchmarks.ensemble import evaluations
+from benchmarks.store import RESULTS, Kind, Missing, Store, make, rounded
 from examples import train
 from examples.commands import keep_memory
 from examples.config import OneRun, decisive, from_json, to_json
-from examples.files import write_whole
 from examples.llama.config import TrainLlama
-from examples.run_folder import versions
 from examples.sharding import make_mesh, place
 from examples.vit.config import TrainViT
 from examples.workload import Batch, Data
 
 PROCESS = (0, 1)  # the first of one
-KINDS = {"llama": TrainLlama, "vit": TrainViT}
+CONFIGS = {"llama": TrainLlama, "vit": TrainViT}
+FILES = tuple(RESULTS / "steps_to_target" / f"{workload}.jsonl" for workload in CONFIGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +41,10 @@ class Result:
     config: OneRun
     curve: Mapping[str, list[float]]
     """Steps, and losses (in nats) and other metrics on the validation data after them, at x."""
+    data: str = ""
+    """What it was trained on."""
+    seconds: float = 0.0
+    """CPU time."""
 
     @property
     def loss(self) -> float:
@@ -56,119 +53,65 @@ class Result:
         return loss if done == self.config.steps and math.isfinite(loss) else math.inf
 
 
+def changes(config: OneRun) -> dict[str, Any]:
+    """The flags that decide its result and are not default."""
+    defaults = decisive(to_json(CONFIGS[config.workload]()))
+    flags = decisive(to_json(config))
+    return {name: flags[name] for name in flags if flags[name] != defaults[name]}
+
+
+@functools.cache
 def identity(config: OneRun) -> str:
-    """Of two runs with equal identities, one is enough."""
-    flags = {"workload": config.workload, **decisive(to_json(config))}
-    return hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps({"workload": config.workload, **changes(config)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Store:
-    """A folder with one file for each run.
-
-    A file that was written before a flag existed counts as one with the flag's default, so a new
-    flag's default must mean what was done before there was a flag.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.results: dict[str, Result] = {}
-        for path in sorted(folder.glob("*.json")):
-            self.add(json.loads(path.read_text()))
-
-    def add(self, record: dict[str, Any]) -> None:
-        kind = KINDS[record["workload"]]
-        config = from_json(kind, filled(record["config"], to_json(kind())))
-        self.results[identity(config)] = Result(config, record["curve"])
-
-    def write(self, config: OneRun, record: dict[str, Any]) -> None:
-        write_whole(self.folder / f"{identity(config)}.json", json.dumps(record) + "\n")
-        self.add(record)
-
-    def __getitem__(self, config: OneRun) -> Result:
-        return self.results[identity(config)]
-
-    def __contains__(self, config: OneRun) -> bool:
-        return identity(config) in self.results
-
-
-def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    return defaults | {
-        name: filled(value, defaults[name]) if isinstance(value, dict) else value
-        for name, value in values.items()
+def record_of(result: Result) -> dict[str, Any]:
+    config = result.config
+    return {
+        "identity": identity(config),
+        "workload": config.workload,
+        "config": changes(config),
+        "curve": rounded(result.curve),
+        "data": result.data,
+        "cpu_seconds": round(result.seconds, 1),
     }
 
 
-def execute(configs: Iterable[OneRun], store: Store, workers: int, console: Console) -> None:
-    """Makes the runs that the store does not have yet, several at a time, each on a core of its
-    own, and stores each as it ends."""
-    pending = {identity(config): config for config in configs if config not in store}
-    ordered = sorted(pending.values(), key=lambda c: (c.workload, c.batch_size, c.seed))
-    if not ordered:
-        return
-    context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), workers):
-        cores.put(core)
-    with (
-        context.Pool(workers, take_core, (cores,)) as pool,
-        Progress(console=console) as progress,
-    ):
-        bar = progress.add_task(f"{len(ordered)} runs", total=len(ordered))
-        for config, record in pool.imap_unordered(one_run, ordered):
-            store.write(config, record)
-            progress.advance(bar)
-            if not console.is_terminal:
-                console.print(told(config, record), highlight=False, soft_wrap=True)
+def in_record(record: dict[str, Any]) -> tuple[OneRun, Result]:
+    kind = CONFIGS[record["workload"]]
+    values = to_json(kind())
+    for name, value in record["config"].items():
+        *groups, flag = name.split(".")
+        functools.reduce(dict.__getitem__, groups, values)[flag] = value
+    config = from_json(kind, values)
+    return config, Result(config, record["curve"], record["data"], record["cpu_seconds"])
 
 
-def told(config: OneRun, record: Mapping[str, Any]) -> str:
+def told(result: Result) -> str:
+    config = result.config
     return (
-        f"{identity(config)}  {config.workload} {config.optimizer}, seed {config.seed}, "
-        f"{config.steps} steps of {config.batch_size}: {record['curve']['loss'][-1]:.4f} in "
-        f"{record['cpu_seconds']:.0f} s"
+        f"{config.workload} {config.optimizer}, seed {config.seed}, {config.steps} steps of "
+        f"{config.batch_size}: {result.curve['loss'][-1]:.4f} in {result.seconds:.0f} s"
     )
 
 
-# A study yields the runs that it needs next, goes on when the store has them, and returns what it
-# is about.
-Study = Generator[list[OneRun], None, Any]
+RUNS = Kind(identity, record_of, in_record, told)
 
 
-def together(studies: Mapping[Any, Study]) -> Study:
-    """Runs studies side by side; returns what they return."""
-    returned, asked = {}, {}
-
-    def advance(name):
-        try:
-            asked[name] = next(studies[name])
-        except StopIteration as stop:
-            asked.pop(name, None)
-            returned[name] = stop.value
-
-    for name in studies:
-        advance(name)
-    while asked:
-        yield [config for configs in asked.values() for config in configs]
-        for name in list(asked):
-            advance(name)
-    return returned
+def stored() -> Store:
+    """All runs that were made."""
+    return Store(*FILES, kind=RUNS)
 
 
-def pursue(study: Study, store: Store, workers: int, console: Console) -> None:
-    """Makes all runs of a study that are missing."""
-    for configs in study:
-        execute(configs, store, workers, console)
-
-
-def settled(study: Study, store: Store) -> Any:
-    """What a study returns, from the runs that are stored; None if it still needs some."""
+def pursue(store: Store, workers: int, study: Callable[..., Any], *arguments: Any) -> Any:
+    """Makes all runs of a study that are missing; returns what it returns."""
     while True:
         try:
-            if any(config not in store for config in next(study)):
-                return None
-        except StopIteration as stop:
-            return stop.value
+            return study(*arguments)
+        except Missing as missing:  # those that have their batches in common one after the other
+            runs = sorted(missing.runs, key=lambda c: (c.workload, c.batch_size, c.seed))
+            make(store, runs, workers, train_config, niceness=0)
 
 
 def table(
@@ -181,13 +124,10 @@ def table(
     return found
 
 
-def take_core(cores: Any) -> None:
-    os.sched_setaffinity(0, {cores.get()})
-    keep_memory()
-
-
-def one_run(config: OneRun) -> tuple[OneRun, dict[str, Any]]:
+def train_config(config: OneRun) -> Result:
+    """What a worker does to a run."""
     start = time.process_time()
+    keep_memory()
     data = opened(*source(config))
     fitted = config.fitted(data)
     program = train.build(fitted, fitted.task(), make_mesh(1, jax.devices()[:1]))
@@ -205,19 +145,10 @@ def one_run(config: OneRun) -> tuple[OneRun, dict[str, Any]]:
                 metrics = train.mean_metrics(program, x, validation)
                 curve["step"].append(done)
                 for name, value in metrics.items():
-                    curve.setdefault(name, []).append(round(value, 6))
+                    curve.setdefault(name, []).append(value)
                 if not math.isfinite(metrics["loss"]):
                     break
-    return config, {
-        "workload": config.workload,
-        "config": to_json(config),
-        "curve": curve,
-        "data": data.description,
-        "versions": versions(),
-        "hardware": f"one core of {processor()}",
-        "date": datetime.date.today().isoformat(),
-        "cpu_seconds": round(time.process_time() - start, 1),
-    }
+    return Result(config, curve, data.description, time.process_time() - start)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,12 +1,12 @@
 """How many steps does an optimizer need to reach the loss at which well-tuned AdamW ends?
 
-python -m benchmarks.steps_to_target                     # goes on with all studies, for hours
+python -m benchmarks.steps_to_target                     # resumes all studies, for hours
 
 python -m benchmarks.steps_to_target finals --workloads text
 
 python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
 
-The protocol; benchmarks/README.md tells what of it was changed during the study, and when:
+The protocol; pages/steps_to_target.md tells what of it was changed during the study, and when:
 
 * **Workloads.** `text`: a Llama of 0.125M parameters on Python's standard library, 1,000 steps of
   32 sequences of 64 tokens. `images`: a ViT of 0.09M parameters on Fashion-MNIST, 1,500 steps of 64
@@ -30,16 +30,16 @@ The protocol; benchmarks/README.md tells what of it was changed during the study
   baseline's loss at the end is below 0.
 * **Statistics.** Means over seeds, 95 % intervals of Student's t, two-sided paired t-tests.
 
-Each run is stored in benchmarks/results/runs as it ends and is made once: a study that is stopped
-goes on where it was. `python -m benchmarks.report` makes the tables and figures.
+Each run is stored in benchmarks/results/steps_to_target as it ends and is made once: a study that
+is stopped resumes where it was. `python -m benchmarks.report` makes the tables and figures.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -48,8 +48,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import QUICK
-from benchmarks.runs import Result, Store, Study, execute, pursue, settled, table, together
+from benchmarks.runs import RUNS, Result, pursue, stored, table, train_config
 from benchmarks.statistics import Estimate, estimate
+from benchmarks.store import Store, make, results_of, settled, together
 from examples.config import OneRun
 from examples.llama.config import TrainLlama
 from examples.llama.model import LlamaConfig
@@ -58,7 +59,6 @@ from examples.vit.config import TrainViT
 from examples.vit.data import ImageData
 from examples.vit.model import ViTConfig
 
-RESULTS = Path(__file__).parent / "results" / "runs"
 TRIAL_SEED = 1000
 SEEDS = range(6)
 SHORTER = (0.7, 0.8, 0.9)
@@ -178,28 +178,28 @@ def config(
     )
 
 
-def trials(workload: str, name: Contender, store: Store) -> Study:
+def trials(workload: str, name: Contender, store: Store) -> list[OneRun]:
     """Tunes an optimizer; returns its trials, of which the first is the best."""
     start, other = method(name)
     around, base = parts(name)
     if around and start.schedule != "constant":
-        tuned, *_ = yield from trials(workload, base, store)
+        tuned, *_ = trials(workload, base, store)
         schedule, final = tuned.settings.schedule, tuned.settings.final
         start = dataclasses.replace(start, schedule=schedule, final=final)
     tried: list[OneRun] = []
 
-    def attempt(*changes: dict[str, Any]) -> Study:
+    def attempt(*changes: dict[str, Any]) -> None:
         settings = tried[0].settings if tried else start
         configs = [
             config(workload, name, dataclasses.replace(settings, **change), TRIAL_SEED)
             for change in changes
         ]
-        yield configs
+        results_of(store, configs)
         tried.extend(configs)
         tried.sort(key=lambda config: store[config].loss)
 
     grid = WORKLOADS[workload].learning_rates
-    yield from attempt(*({"learning_rate": rate} for rate in grid))
+    attempt(*({"learning_rate": rate} for rate in grid))
     best = tried[0].settings.learning_rate
     at = grid.index(best)
     if at in (0, len(grid) - 1):
@@ -208,40 +208,46 @@ def trials(workload: str, name: Contender, store: Store) -> Study:
         neighbours = {trial.settings.learning_rate: store[trial].loss for trial in tried}
         better = min(grid[at - 1], grid[at + 1], key=neighbours.__getitem__)
         between = (best * better) ** 0.5
-    yield from attempt({"learning_rate": between})
+    attempt({"learning_rate": between})
     decay = {"weight_decay": WEIGHT_DECAYS[1]}
-    yield from attempt(decay, other, decay | other)
+    attempt(decay, other, decay | other)
     if not around:
-        yield from attempt(*SCHEDULES[1:])
+        attempt(*SCHEDULES[1:])
     return tried
 
 
-def finals(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
+def finals(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, list[OneRun]]:
     """Each optimizer at its setting, on fresh seeds."""
     names = WORKLOADS[workload].contenders
     bases = dict.fromkeys(parts(name)[1] for name in names)
     families = {
-        base: family(workload, [n for n in names if parts(n)[1] == base], store, seeds)
+        base: functools.partial(
+            family, workload, [n for n in names if parts(n)[1] == base], store, seeds
+        )
         for base in bases
     }
-    found = yield from together(families)
+    found = together(families)
     return {name: found[parts(name)[1]][name] for name in names}
 
 
-def family(workload: str, names: Sequence[Contender], store: Store, seeds: Sequence[int]) -> Study:
+def family(
+    workload: str, names: Sequence[Contender], store: Store, seeds: Sequence[int]
+) -> dict[str, list[OneRun]]:
     """The finals of one base, which need not wait for the trials of another."""
-    tuned = yield from together({name: trials(workload, name, store) for name in names})
+    tuned = together({name: functools.partial(trials, workload, name, store) for name in names})
     configs = {
         name: [config(workload, name, tuned[name][0].settings, seed) for seed in seeds]
         for name in names
     }
-    yield sorted((run for runs in configs.values() for run in runs), key=lambda run: run.seed)
+    results_of(store, (run for runs in configs.values() for run in runs))
     return configs
 
 
-def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
+def shorter(
+    workload: str, store: Store, seeds: Sequence[int] = SEEDS
+) -> dict[str, list[list[OneRun]]]:
     """Shorter runs, with their whole schedules, of the challengers that end below the target."""
-    whole = yield from finals(workload, store, seeds)
+    whole = finals(workload, store, seeds)
 
     def ends_lower(name: Contender) -> bool:
         baseline = whole[parts(name)[1]]
@@ -256,8 +262,8 @@ def shorter(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> Study:
         for name, runs in whole.items()
         if parts(name)[0] and ends_lower(name)
     }
-    yield [run for runs in configs.values() for lengths in runs for run in lengths]
-    return whole, configs
+    results_of(store, (run for runs in configs.values() for lengths in runs for run in lengths))
+    return configs
 
 
 def first_passage(result: Result, target: float) -> float | None:
@@ -315,10 +321,10 @@ class Row(NamedTuple):
 
 def rows(workload: str, store: Store, seeds: Sequence[int] = SEEDS) -> list[Row]:
     """The outcome on a workload, the baseline of each base first; empty while runs are missing."""
-    whole = settled(finals(workload, store, seeds), store)
+    whole = settled(finals, workload, store, seeds)
     if whole is None:
         return []
-    _, short = settled(shorter(workload, store, seeds), store) or (None, {})
+    short = settled(shorter, workload, store, seeds) or {}
     return [
         outcome(name, runs, whole[parts(name)[1]], short.get(name, []), store)
         for name, runs in whole.items()
@@ -392,15 +398,15 @@ def on_console(workload: str, rows: Sequence[Row]) -> Table | str:
 STUDIES = {"finals": finals, "shorter": shorter}
 
 
-def again(workload: str, stored: Store) -> list[OneRun]:
+def again(workload: str, store: Store) -> list[OneRun]:
     """The finals' first runs of AdamW and GPA, to be made again; none while finals are missing."""
-    whole = settled(finals(workload, stored), stored)
+    whole = settled(finals, workload, store)
     return [whole["adamw"][0], whole["gpa-adamw"][0]] if whole else []
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with studies where they were, and prints what they say so far."""
+    """Resumes the studies where they were, and prints what they say so far."""
 
     studies: Annotated[tuple[Literal["finals", "shorter"], ...], tyro.conf.Positional] = (
         "finals",
@@ -410,7 +416,7 @@ class Config:
     workloads: tuple[Literal["text", "images", "images-large"], ...] = tuple(WORKLOADS)
     """What to train."""
     seeds: int = len(SEEDS)
-    """Fresh seeds; more of them go on with what is there."""
+    """Fresh seeds; more of them add to what is there."""
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""
     quick: bool = False
@@ -420,16 +426,16 @@ class Config:
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.steps_to_target", description=__doc__)
-    console, store = Console(), Store(RESULTS)
+    console, store = Console(), stored()
     if flags.quick:
-        anew = Store(QUICK / "runs")
+        anew = Store(QUICK / "runs.jsonl", kind=RUNS)
         runs = []
         for workload in flags.workloads:
             found = again(workload, store)
             runs += found
             if not found:
                 console.print(f"Left out: the finals of {workload} are not all stored yet.")
-        execute(runs, anew, flags.workers, console)
+        make(anew, runs, flags.workers, train_config, niceness=0)
         lines = (
             (
                 f"{title(run.optimizer)}, {run.steps} steps of {run.batch_size}",
@@ -442,8 +448,7 @@ def main() -> int:
         return 0
     for workload in flags.workloads:
         for name in flags.studies:
-            study = STUDIES[name](workload, store, range(flags.seeds))
-            pursue(study, store, flags.workers, console)
+            pursue(store, flags.workers, STUDIES[name], workload, store, range(flags.seeds))
         console.print(on_console(workload, rows(workload, store, range(flags.seeds))))
     return 0
 

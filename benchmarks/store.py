@@ -1,107 +1,169 @@
-"""Results of a study in one file: a line for each member, sorted, and each member is made once.
+"""The runs of studies in JSONL files: a line for each run, sorted, and each run is made once.
 
-    store = Store(RESULTS / "length.jsonl")
-    execute(members, store, workers=2)
+    store = Store(RESULTS / "evidence" / "llama.jsonl", kind=MEMBERS)
+    make(store, members, workers=2, train=functools.partial(train_member, folder=corpus.FOLDER))
     store[members[0]].final
 
-A worker takes the first member that is neither stored nor being made, by any process on this
-machine. What is killed is begun anew by the next call, and all that had ended is kept.
+Of what kind its runs are, members.py and runs.py say.
+
+A study is a plain function that looks up its runs by `results_of`, which raises `Missing` with
+those that nobody has made yet. A worker takes the first run that is neither stored nor being made,
+by any process on this machine. What is killed is started again by the next call, and all that had
+ended is kept.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import fcntl
-import functools
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import gpa_optax
-from benchmarks import corpus, processor
-from benchmarks.ensemble import Member, Result, Workload, train
+from benchmarks import processor
 
-RESULTS = Path(__file__).parent / "results" / "evidence"
+RESULTS = Path(__file__).parent / "results"
 LOCKS = Path("runs/locks")
 COMPILED = Path("runs/compiled")  # the programs of all workers
 
 
-class Store:
-    """The results in a file, which need not exist yet."""
+class Kind(NamedTuple):
+    """What a store holds, and how a line tells it. A run is what is known before it is made."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    identity: Callable[[Any], str]
+    """Of two runs with equal identities, one is enough."""
+    record: Callable[[Any], dict[str, Any]]
+    """What a line says of a result, beside its machine, versions and date."""
+    result: Callable[[dict[str, Any]], tuple[Any, Any]]
+    """The run and the result in a line."""
+    told: Callable[[Any], str]
+    """A result, for the console."""
+
+
+class Store:
+    """The results in files, which need not exist yet.
+
+    Of several files a line is in the one that is named like its "workload".
+    """
+
+    def __init__(self, *paths: Path, kind: Kind):
+        self.paths, self.kind = paths, kind
         self.read()
 
     def read(self) -> None:
         """Again, because other processes may have added some."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = [line for p in self.paths if p.exists() for line in p.read_text().splitlines()]
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
-    def add(self, results: Iterable[Result]) -> None:
-        with locked(self.path.stem):
+    def add(self, results: Iterable[Any]) -> None:
+        with locked(self.paths[0].stem):
             self.read()
-            for result in results:
-                self.records.setdefault(result.member.identity, as_record(result))
-            lines = [json.dumps(self.records[identity]) + "\n" for identity in sorted(self.records)]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                file.writelines(lines)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, self.path)
+            for record in map(self.kind.record, results):
+                self.records.setdefault(record["identity"], record | circumstances())
+            for path in self.paths:
+                lines = [
+                    json.dumps(self.records[identity]) + "\n"
+                    for identity in sorted(self.records)
+                    if self.path_of(self.records[identity]) == path
+                ]
+                if lines:
+                    write_lines(path, lines)
 
-    def __contains__(self, member: Member) -> bool:
-        return member.identity in self.records
+    def path_of(self, record: Mapping[str, Any]) -> Path:
+        named = [path for path in self.paths if path.stem == record.get("workload")]
+        return (*named, self.paths[0])[0]
 
-    def __getitem__(self, member: Member) -> Result:
-        return from_record(self.records[member.identity])
+    def __contains__(self, run: Any) -> bool:
+        return self.kind.identity(run) in self.records
 
-    def __iter__(self) -> Iterator[Result]:
-        return map(from_record, self.records.values())
+    def __getitem__(self, run: Any) -> Any:
+        return self.decoded(self.records[self.kind.identity(run)])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.decoded, self.records.values())
+
+    def decoded(self, record: dict[str, Any]) -> Any:
+        run, result = self.kind.result(record)
+        if (identity := self.kind.identity(run)) != record["identity"]:
+            raise ValueError(
+                f"The stored run {record['identity']} would be {identity} now: a default has "
+                "changed. Give the old default a new name, or store it in each line."
+            )
+        return result
 
 
-def as_record(result: Result) -> dict[str, Any]:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """All of them or none, whenever the process may end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.writelines(lines)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and when a run is made, and with what."""
     device = jax.devices()[0]
-    hardware = f"one core of {processor()}" if device.platform == "cpu" else device.device_kind
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    cpu = device.platform == "cpu"
     return {
-        "identity": result.member.identity,
-        **result.member.changes(),
-        "curve": {
-            name: [round(value, 6) for value in values] for name, values in result.curve.items()
-        },
-        "final": round(result.final, 6) if math.isfinite(result.final) else None,
-        "cpu_seconds": round(result.seconds, 1),
-        "hardware": hardware,
+        "hardware": f"one core of {processor()}" if cpu else device.device_kind,
         "versions": {"gpa-optax": gpa_optax.__version__, **packages},
         "date": datetime.date.today().isoformat(),
     }
 
 
-def from_record(record: dict[str, Any]) -> Result:
-    fields = {field.name for field in dataclasses.fields(Member)} & record.keys()
-    values = {name: record[name] for name in fields}
-    if "workload" in values:
-        changed = dict(values["workload"])
-        model = dataclasses.replace(Workload().model, **changed.pop("model", {}))
-        values["workload"] = Workload(model, **changed)
-    member = Member(**values)
-    if member.identity != record["identity"]:
-        raise ValueError(
-            f"The stored member {record['identity']} would be {member.identity} now: a default has "
-            "changed. Give the old default a new name, or store it in each line."
-        )
-    final = math.inf if record["final"] is None else record["final"]
-    return Result(member, record["curve"], final, record["cpu_seconds"])
+def rounded(curve: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 6) for value in values] for name, values in curve.items()}
+
+
+class Missing(Exception):
+    """Runs that a study needs and that nobody has made yet, in the order of their worth."""
+
+    def __init__(self, runs: Sequence[Any]):
+        super().__init__(f"{len(runs)} runs are missing")
+        self.runs = runs
+
+
+def results_of(store: Any, runs: Iterable[Any]) -> list[Any]:
+    """Their results.
+
+    Raises:
+      Missing: if the store lacks some.
+    """
+    runs = list(runs)
+    if missing := [run for run in runs if run not in store]:
+        raise Missing(missing)
+    return [store[run] for run in runs]
+
+
+def together(studies: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """What several studies return, by name; raises all that is missing in any of them."""
+    outcomes, missing = {}, []
+    for name, study in studies.items():
+        try:
+            outcomes[name] = study()
+        except Missing as more:
+            missing += more.runs
+    if missing:
+        raise Missing(missing)
+    return outcomes
+
+
+def settled(study: Callable[..., Any], *arguments: Any) -> Any:
+    """What a study returns, or None while it needs runs that are not there."""
+    try:
+        return study(*arguments)
+    except Missing:
+        return None
 
 
 @contextlib.contextmanager
@@ -117,32 +179,30 @@ def locked(name: str, wait: bool = True) -> Iterator[bool]:
             yield True
 
 
-def execute(
-    members: Sequence[Member],
+def make(
     store: Store,
+    runs: Sequence[Any],
     workers: int,
-    folder: Path = corpus.FOLDER,
-    at_y: bool = False,
+    train: Callable[[Any], Any],
     niceness: int = 19,
 ) -> None:
-    """Makes the members that the store does not have yet, in their order, on a CPU.
+    """Makes the runs that the store does not have yet, in their order, on a CPU.
 
     Args:
-      members: the most important ones first.
-      store: where each result is added as its member ends.
+      store: where each result is added as its run ends.
+      runs: the most important ones first.
       workers: processes, each on a core of its own.
-      folder: where the corpus is.
-      at_y: whether to evaluate the params as well.
+      train: returns the result of a run; of a module, since other processes call it.
       niceness: of the workers; 19 leaves the machine to whatever else runs on it.
     """
     store.read()
-    if all(member in store for member in members):
+    if all(run in store for run in runs):
         return
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
-    how = {"parent": os.getpid(), "folder": folder, "at_y": at_y, "niceness": niceness}
+    how = {"parent": os.getpid(), "train": train, "niceness": niceness}
     processes = [
-        context.Process(target=work, args=(members, store.path, core), kwargs=how)
+        context.Process(target=work, args=(store.paths, store.kind, runs, core), kwargs=how)
         for core in itertools.islice(itertools.cycle(cores), workers)
     ]
     for process in processes:
@@ -155,41 +215,27 @@ def execute(
 
 
 def work(
-    members: Sequence[Member],
-    path: Path,
+    paths: Sequence[Path],
+    kind: Kind,
+    runs: Sequence[Any],
     core: int,
     *,
     parent: int,
-    folder: Path,
-    at_y: bool,
+    train: Callable[[Any], Any],
     niceness: int,
 ) -> None:
-    """What a worker does; it ends after its member if its parent is gone."""
+    """What a worker does; it ends after its run if its parent is gone."""
     os.sched_setaffinity(0, {core})
     os.nice(niceness)
     jax.config.update("jax_compilation_cache_dir", str(COMPILED.absolute()))
-    tokens = functools.lru_cache(corpus.load)
-    store = Store(path)
-    for number, member in enumerate(members, start=1):
+    store = Store(*paths, kind=kind)
+    for number, run in enumerate(runs, start=1):
         if os.getppid() != parent:
             return
-        with locked(f"{path.stem}-{member.identity}", wait=False) as mine:
+        with locked(f"{paths[0].stem}-{kind.identity(run)}", wait=False) as mine:
             store.read()
-            if not mine or member in store:
+            if not mine or run in store:
                 continue
-            workload = member.workload
-            data = tokens(folder, workload.text, workload.model.vocab_size)
-            [result] = train([member], data, at_y)
+            result = train(run)
             store.add([result])
-        print(
-            f"{number:4}/{len(members)}  {told(member)}: {result.final:.4f} in "
-            f"{result.seconds:.0f} s",
-            flush=True,
-        )
-
-
-def told(member: Member) -> str:
-    """A member in a line."""
-    changed = {k: v for k, v in member.changes().items() if k not in ("optimizer", "knobs")}
-    parts = {**changed, **dict(member.knobs)}
-    return f"{member.optimizer}, " + ", ".join(f"{k} {v}" for k, v in parts.items())
+        print(f"{number:4}/{len(runs)}  {kind.told(result)}", flush=True)

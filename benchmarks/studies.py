@@ -1,12 +1,13 @@
 """The studies of what GPA brings: which runs they need, and what is compared.
 
-benchmarks/PROTOCOL.md says what each is for and how it is judged. A study is a plain function of
-the results that there are. It returns its contrasts; where it needs a run that is not there it
-raises `Missing`, with all runs that it could use by now. So what is tuned first and what depends on
-the tuning stand in one function, in their order.
+benchmarks/PROTOCOL.md says what each is for and how it is judged. A study has conditions, and a
+condition is a plain function of the stored runs. It returns its contrasts; where it needs a run
+that is not there it raises `Missing`, with all runs that it could use by now. So what is tuned
+first and what depends on the tuning stand in one function, in their order.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,42 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.ensemble import Member, Result, Workload
-
-Results = Mapping[str, Result]
-"""Results by the identity of their member."""
+from benchmarks.ensemble import Member, Result, Workload, mean_final
+from benchmarks.store import Missing, Store, results_of, together
 
 TUNING = (1000, 1001)
 FRESH = tuple(range(2000, 2024))
+CONFIRMING = tuple(range(2100, 2124))
 WARMUPS = (0.05, 0.2)
-
-
-class Missing(Exception):
-    """Runs that a study needs and that nobody has made yet, in the order of their worth."""
-
-    def __init__(self, members: Sequence[Member]):
-        super().__init__(f"{len(members)} runs are missing")
-        self.members = members
-
-
-def found(results: Results, members: Iterable[Member]) -> list[Result]:
-    members = list(members)
-    if missing := [member for member in members if member.identity not in results]:
-        raise Missing(missing)
-    return [results[member.identity] for member in members]
-
-
-def together(studies: Mapping[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Several studies side by side: raises all that is missing in any of them."""
-    outcomes, missing = {}, []
-    for name, study in studies.items():
-        try:
-            outcomes[name] = study()
-        except Missing as more:
-            missing += more.members
-    if missing:
-        raise Missing(missing)
-    return outcomes
 
 
 class Run(NamedTuple):
@@ -93,7 +65,7 @@ class Contrast(NamedTuple):
 
 
 def tuned(
-    results: Results,
+    store: Store,
     run: Run,
     optimizer: str,
     rates: Sequence[float],
@@ -113,7 +85,7 @@ def tuned(
     tried: dict[Setting, float] = {}
 
     def attempt(settings: Sequence[Setting]) -> None:
-        runs = found(results, [m for setting in settings for m in setting.members(run, seeds)])
+        runs = results_of(store, [m for setting in settings for m in setting.members(run, seeds)])
         losses = np.reshape([one.final for one in runs], (len(settings), len(seeds))).mean(1)
         tried.update(zip(settings, losses, strict=True))
 
@@ -140,13 +112,13 @@ Form = tuple[str, Mapping[str, Any]]
 
 
 def tuned_forms(
-    results: Results, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
+    store: Store, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
 ) -> dict[str, Setting]:
     """Each form at its best rate and warmup, on the first of the tuning seeds unless told so."""
     how = {"seeds": TUNING[:1], "refine": False, **how}
     return together(
         {
-            name: lambda form=form: tuned(results, run, form[0], rates, knobs=[form[1]], **how)
+            name: lambda form=form: tuned(store, run, form[0], rates, knobs=[form[1]], **how)
             for name, form in forms.items()
         }
     )
@@ -155,11 +127,11 @@ def tuned_forms(
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
-def tuned_adamw(results: Results, run: Run, refine: bool = True) -> Setting:
+def tuned_adamw(store: Store, run: Run, refine: bool = True) -> Setting:
     """AdamW with a line to 0, which was its best of four schedules in the study before this one."""
     factor = math.sqrt(run.workload.batch_size / 32)
     rates = [rate * factor for rate in OCTAVES] if factor != 1 else OCTAVES
-    return tuned(results, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
+    return tuned(store, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
 
 
 # What a reader copies, from AdamW's tuned learning rate and warmup.
@@ -189,23 +161,21 @@ BLOCK_RUNS = {
 BLOCKS = {"annealed_adamw": annealed, "anytime_adamw": anytime, "gpa(optax.adamw)": as_typed_first}
 
 
-def blocks(results: Results) -> dict[str, list[Contrast]]:
-    seeds = FRESH[:8]
-
-    def on(run: Run) -> list[Contrast]:
-        base = tuned_adamw(results, run, refine=run.steps <= 2000)
-        baseline = found_all(results, run, [base, *(form(base) for form in BLOCKS.values())], seeds)
-        return contrasts(BLOCKS, baseline)
-
-    return together({name: lambda run=run: on(run) for name, run in BLOCK_RUNS.items()})
+def against_tuned_adamw(
+    run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store
+) -> list[Contrast]:
+    """Forms that are made of AdamW's setting and have no search of their own."""
+    base = tuned_adamw(store, run, refine=run.steps <= 2000)
+    settings = [base, *(form(base) for form in forms.values())]
+    return contrasts(forms, found_all(store, run, settings, FRESH[:8]))
 
 
 def found_all(
-    results: Results, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
+    store: Store, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
 ) -> list[list[Result]]:
     """The runs of each setting, seed by seed, so that what is there early is comparable."""
     members = [[setting.members(run, [seed])[0] for setting in settings] for seed in seeds]
-    runs = found(results, [member for same in members for member in same])
+    runs = results_of(store, [member for same in members for member in same])
     return [runs[i :: len(settings)] for i in range(len(settings))]
 
 
@@ -228,30 +198,20 @@ MAP_FORMS: dict[str, Form] = {
 }
 
 
-def by_length_and_batch(results: Results) -> dict[str, list[Contrast]]:
-    """All four with a learning rate of their own in each cell, tuned on one seed."""
-
-    def cell(batch: int, steps: int) -> list[Contrast]:
-        run = Run(steps, Workload(batch_size=batch))
-        middle = 8e-3 * math.sqrt(batch / 32)
-        forms: dict[str, Form] = {"adamw": ("adamw", {}), **MAP_FORMS}
-        settings = together(
-            {
-                name: lambda name=name, form=form: tuned_forms(
-                    results, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
-                )[name]
-                for name, form in forms.items()
-            }
-        )
-        return contrasts(MAP_FORMS, found_all(results, run, [*settings.values()], FRESH[:3]))
-
-    ordered = sorted(MAP, key=lambda cell: cell[0] * cell[1])
-    return together(
+def cell_of_the_map(batch: int, steps: int, store: Store) -> list[Contrast]:
+    """All four with a learning rate of their own, tuned on one seed."""
+    run = Run(steps, Workload(batch_size=batch))
+    middle = 8e-3 * math.sqrt(batch / 32)
+    forms: dict[str, Form] = {"adamw": ("adamw", {}), **MAP_FORMS}
+    settings = together(
         {
-            f"{steps:,} steps of {batch}": lambda at=(batch, steps): cell(*at)
-            for batch, steps in ordered
+            name: lambda name=name, form=form: tuned_forms(
+                store, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
+            )[name]
+            for name, form in forms.items()
         }
     )
+    return contrasts(MAP_FORMS, found_all(store, run, [*settings.values()], FRESH[:3]))
 
 
 def octaves(centre: float) -> list[float]:
@@ -273,18 +233,17 @@ RIVALS: dict[str, Form] = {
 }
 
 
-def over_length(results: Results) -> dict[str, list[Contrast]]:
-    def at(steps: int) -> list[Contrast]:
-        run = Run(steps)
-        base = tuned_adamw(results, run, refine=steps <= 2000)
-        rates = (base.learning_rate, 2 * base.learning_rate)
-        settings = tuned_forms(results, run, RIVALS, rates)
-        named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
-        seeds = FRESH[: 8 if steps < 8000 else 4]
-        runs = found_all(results, run, [base, *named.values()], seeds)
-        return contrasts(named, runs)
+def over_length(steps: int, store: Store) -> list[Contrast]:
+    run = Run(steps)
+    base = tuned_adamw(store, run, refine=steps <= 2000)
+    settings = tuned_forms(store, run, RIVALS, doubled(base))
+    named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
+    seeds = FRESH[: 8 if steps < 8000 else 4]
+    return contrasts(named, found_all(store, run, [base, *named.values()], seeds))
 
-    return together({f"{steps:,} steps": lambda steps=steps: at(steps) for steps in LENGTHS})
+
+def doubled(base: Setting) -> tuple[float, float]:
+    return base.learning_rate, 2 * base.learning_rate
 
 
 # Without tuning: the rule against tuned AdamW in conditions that it was not made on.
@@ -298,16 +257,7 @@ CONDITIONS = {
 }
 
 
-def without_tuning(results: Results) -> dict[str, list[Contrast]]:
-    def on(run: Run) -> list[Contrast]:
-        base = tuned_adamw(results, run)
-        forms = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
-        runs = found_all(results, run, [base, *(form(base) for form in forms.values())], FRESH[:8])
-        return contrasts(forms, runs)
-
-    return together({name: lambda run=run: on(run) for name, run in CONDITIONS.items()})
-
-
+LATE = {"schedule": "constant", "average": "lr-weighted", "step_power": 2.0, "start": 0.2}
 # One member that beats its rivals? Sixteen settings, listed before any of them was run.
 SCREEN: dict[str, Form] = {
     **{
@@ -331,37 +281,53 @@ SCREEN: dict[str, Form] = {
         "gpa-adamw", {"schedule": "wsd", "decay": 0.1, "average": "lr-weighted"},
     ),
     "annealed, cooldown of 20 %": ("gpa-adamw", {"schedule": "wsd", "decay": 0.2}),
-    "constant, polynomial(2)": (
-        "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 2.0},
-    ),
     "constant, polynomial(8)": (
         "gpa-adamw", {"schedule": "constant", "average": "polynomial", "power": 8.0},
     ),
     "annealed, mu_y 0.8": ("gpa-adamw", {"mu_y": 0.8}),
     "annealed, mu_y 0.95": ("gpa-adamw", {"mu_y": 0.95}),
-    "annealed, b1 0.9, mu_y 0.5": ("gpa-adamw", {"b1": 0.9, "mu_y": 0.5}),
     "anytime, mu_y 0.96": ("anytime", {"mu_y": 0.96}),
-    "paper": ("gpa-adamw", PAPER),
+    "constant, lr_weighted after the warmup, (t + 1)^2": ("gpa-adamw", LATE),
+    "ScheduleFree+'s average": (
+        "gpa-adamw", {**LATE, "b1": 0.9, "mu_y_schedule": "schedule-free-plus"},
+    ),
+    "AMUSE's mu_y": (
+        "gpa-adamw",
+        {
+            "schedule": "constant", "average": "lr-weighted",
+            "mu_y": 0.6, "mu_y_schedule": "amuse",
+        },
+    ),
 }  # fmt: skip
 
 
-def screen(results: Results) -> dict[str, list[Contrast]]:
-    """Each at twice AdamW's rate and a fifth of warmup, against the annealed form. The three best
-    are confirmed on seeds that none of this saw."""
+def screened(steps: int, seeds: Sequence[int], store: Store) -> list[Contrast]:
+    """Each at twice AdamW's rate and a fifth of warmup, against the annealed form."""
+    run = Run(steps)
+    base = tuned_adamw(store, run, refine=steps <= 2000)
+    settings = screen_settings(base)
+    runs = found_all(store, run, [annealed(base), *settings.values()], seeds)
+    return contrasts(settings, runs)
 
-    def at(steps: int, seeds: Sequence[int]) -> list[Contrast]:
-        run = Run(steps)
-        base = tuned_adamw(results, run, refine=steps <= 2000)
-        settings = {
-            name: Setting(optimizer, 2 * base.learning_rate, 0.2, tuple(sorted(knobs.items())))
-            for name, (optimizer, knobs) in SCREEN.items()
-        }
-        runs = found_all(results, run, [annealed(base), *settings.values()], seeds)
-        return contrasts(settings, runs)
 
-    return together(
-        {"1,000 steps": lambda: at(1000, FRESH[:4]), "4,000 steps": lambda: at(4000, FRESH[:2])}
-    )
+def screen_settings(base: Setting) -> dict[str, Setting]:
+    return {
+        name: Setting(optimizer, 2 * base.learning_rate, 0.2, tuple(sorted(knobs.items())))
+        for name, (optimizer, knobs) in SCREEN.items()
+    }
+
+
+def confirmed(store: Store) -> list[Contrast]:
+    """The three that ended lowest at 4,000 steps, and Schedule-Free, against the annealed form, on
+    seeds that none of this saw."""
+    steps, run = 4000, Run(4000)
+    ends = {one.name: mean_final(one.contender) for one in screened(steps, FRESH[:2], store)}
+    base = tuned_adamw(store, run, refine=False)
+    settings = screen_settings(base)
+    named = {name: settings[name] for name in sorted(ends, key=ends.__getitem__)[:3]}
+    rival = {"Schedule-Free": RIVALS["Schedule-Free"]}
+    named |= tuned_forms(store, run, rival, doubled(base))
+    return contrasts(named, found_all(store, run, [annealed(base), *named.values()], CONFIRMING))
 
 
 # Around Muon, with momentum 0.9.
@@ -377,47 +343,64 @@ MUON: dict[str, Form] = {
 }  # fmt: skip
 
 
-def around_muon(results: Results) -> dict[str, list[Contrast]]:
+def around_muon(store: Store) -> list[Contrast]:
     run, rates = Run(1000), (1.6e-2, 3.2e-2)
-    base = tuned(results, run, "muon", rates)
-    settings = tuned_forms(results, run, MUON, rates, warmups=(0.2,), seeds=TUNING)
-    runs = found_all(results, run, [base, *settings.values()], FRESH)
-    return {"1,000 steps": contrasts(settings, runs)}
+    base = tuned(store, run, "muon", rates)
+    settings = tuned_forms(store, run, MUON, rates, warmups=(0.2,), seeds=TUNING)
+    runs = found_all(store, run, [base, *settings.values()], FRESH)
+    return contrasts(settings, runs)
 
 
 # The paper's own setting, at a length where its window is a small part of the run.
-def papers_setting(results: Results) -> dict[str, list[Contrast]]:
+def papers_setting(store: Store) -> list[Contrast]:
     run = Run(8000)
-    base = tuned_adamw(results, run, refine=False)
-    rates = (base.learning_rate, 2 * base.learning_rate)
+    base = tuned_adamw(store, run, refine=False)
     windows = {"H = 16": 0.9934, "H = 32": 0.9967, "H = 64": 0.9984}
     forms: dict[str, Form] = {
         name: ("gpa-adamw", {**PAPER, "mu_x": mu_x}) for name, mu_x in windows.items()
     }
-    settings = tuned_forms(results, run, forms, rates, warmups=(0.05,))
-    runs = found_all(results, run, [base, *settings.values()], FRESH[:4])
-    return {"8,000 steps": contrasts(settings, runs)}
+    settings = tuned_forms(store, run, forms, doubled(base), warmups=(0.05,))
+    return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:4]))
 
 
-STUDIES: dict[str, Callable[[Results], dict[str, list[Contrast]]]] = {
-    "blocks": blocks,
-    "map": by_length_and_batch,
-    "length": over_length,
-    "transfer": without_tuning,
-    "screen": screen,
-    "muon": around_muon,
-    "paper": papers_setting,
+def steps_of(batch: int, steps: int) -> str:
+    return f"{steps:,} steps of {batch}"
+
+
+TRANSFERRED = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
+STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
+    "blocks": {
+        name: functools.partial(against_tuned_adamw, run, BLOCKS)
+        for name, run in BLOCK_RUNS.items()
+    },
+    "map": {
+        steps_of(batch, steps): functools.partial(cell_of_the_map, batch, steps)
+        for batch, steps in sorted(MAP, key=math.prod)
+    },
+    "length": {f"{steps:,} steps": functools.partial(over_length, steps) for steps in LENGTHS},
+    "transfer": {
+        name: functools.partial(against_tuned_adamw, run, TRANSFERRED)
+        for name, run in CONDITIONS.items()
+    },
+    "screen": {
+        "1,000 steps": functools.partial(screened, 1000, FRESH[:4]),
+        "4,000 steps": functools.partial(screened, 4000, FRESH[:2]),
+        "4,000 steps, confirmed": confirmed,
+    },
+    "muon": {"1,000 steps": around_muon},
+    "paper": {"8,000 steps": papers_setting},
 }
-"""In the order of their worth."""
+"""The conditions of each, in the order of their worth."""
 
 
-def missing(results: Results, names: Iterable[str] = STUDIES) -> list[Member]:
+def missing(store: Store, names: Iterable[str] = STUDIES) -> list[Member]:
     """The runs that can be made next, the most valuable first, each once."""
     members: dict[str, Member] = {}
     for name in names:
-        try:
-            STUDIES[name](results)
-        except Missing as more:
-            for member in more.members:
-                members.setdefault(member.identity, member)
+        for condition in STUDIES[name].values():
+            try:
+                condition(store)
+            except Missing as more:
+                for member in more.runs:
+                    members.setdefault(member.identity, member)
     return list(members.values())

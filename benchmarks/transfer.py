@@ -6,28 +6,28 @@ python -m benchmarks.transfer
 The recipe is README.md's: twice AdamW's learning rate, constant after a warmup of a fifth of the
 run, Schedule-Free's average, b1=0, mu_y=0.9, AdamW's weight decay. On the workloads of
 `benchmarks.steps_to_target` it is run on the seeds of the finals, against AdamW's. On each further
-condition AdamW's learning rate is tuned anew: half, once and twice that of `text`, on one seed, and
-further where the best is the last of them. GPA gets twice what was best. Then both are run on four
-other seeds, paired.
+condition AdamW's learning rate is tuned again: half, once and twice that of `text`, on one seed,
+and further where the best is the last of them. GPA gets twice what was best. Then both are run on
+four other seeds, paired.
 """
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
 from benchmarks import QUICK, steps_to_target
-from benchmarks.runs import Store, Study, pursue, settled, table
+from benchmarks.runs import pursue, stored, table
 from benchmarks.steps_to_target import (
     HEADINGS,
-    RESULTS,
     TRIAL_SEED,
     WORKLOADS,
     Row,
@@ -35,6 +35,7 @@ from benchmarks.steps_to_target import (
     outcome,
     trials,
 )
+from benchmarks.store import Store, results_of, settled, together
 from examples.config import OneRun
 from examples.files import write_whole
 from examples.llama.config import TrainLlama
@@ -75,9 +76,9 @@ def recipe(base: Settings) -> Settings:
     return dataclasses.replace(settings, weight_decay=base.weight_decay)
 
 
-def tuned(condition: TrainLlama, store: Store) -> Study:
+def tuned(condition: TrainLlama, store: Store) -> Settings:
     """AdamW's setting on a condition."""
-    best, *_ = yield from trials(TUNED, "adamw", store)
+    best, *_ = trials(TUNED, "adamw", store)
     base = best.settings
 
     def attempt(rate: float) -> TrainLlama:
@@ -86,7 +87,7 @@ def tuned(condition: TrainLlama, store: Store) -> Study:
 
     rates = [factor * base.learning_rate for factor in (0.5, 1.0, 2.0)]
     while True:
-        yield [attempt(rate) for rate in rates]
+        results_of(store, map(attempt, rates))
         best = min(rates, key=lambda rate: store[attempt(rate)].loss)
         if best == rates[0]:
             rates.insert(0, best / 2)
@@ -96,7 +97,9 @@ def tuned(condition: TrainLlama, store: Store) -> Study:
             return attempt(best).settings
 
 
-def both(condition: OneRun, base: Settings, seeds: Sequence[int]) -> Study:
+def both(
+    condition: OneRun, base: Settings, seeds: Sequence[int], store: Store
+) -> dict[Name, list[OneRun]]:
     """The runs of both on a condition."""
     settings: dict[Name, Settings] = {"adamw": base, "gpa-adamw": recipe(base)}
     runs = {
@@ -106,30 +109,32 @@ def both(condition: OneRun, base: Settings, seeds: Sequence[int]) -> Study:
         ]
         for name, its in settings.items()
     }
-    yield [run for same in runs.values() for run in same]
+    results_of(store, (run for same in runs.values() for run in same))
     return runs
 
 
-def on_workload(name: str, store: Store) -> Study:
-    base, *_ = yield from trials(name, "adamw", store)
-    return (yield from both(WORKLOADS[name].config, base.settings, steps_to_target.SEEDS))
+def on_workload(name: str, store: Store) -> dict[Name, list[OneRun]]:
+    base, *_ = trials(name, "adamw", store)
+    return both(WORKLOADS[name].config, base.settings, steps_to_target.SEEDS, store)
 
 
-def on_condition(name: str, store: Store) -> Study:
-    base = yield from tuned(CONDITIONS[name], store)
-    return (yield from both(CONDITIONS[name], base, SEEDS))
+def on_condition(name: str, store: Store) -> dict[Name, list[OneRun]]:
+    base = tuned(CONDITIONS[name], store)
+    return both(CONDITIONS[name], base, SEEDS, store)
 
 
-def studies(store: Store) -> dict[str, Study]:
-    found = {f"the workload {name}": on_workload(name, store) for name in WORKLOADS}
-    return found | {name: on_condition(name, store) for name in CONDITIONS}
+def studies(store: Store) -> dict[str, Callable[[], dict[Name, list[OneRun]]]]:
+    found = {
+        f"the workload {name}": functools.partial(on_workload, name, store) for name in WORKLOADS
+    }
+    return found | {name: functools.partial(on_condition, name, store) for name in CONDITIONS}
 
 
 def rows(store: Store) -> dict[str, list[Row]]:
     """What came of each condition whose runs are all there: AdamW, then GPA."""
     found = {}
     for name, study in studies(store).items():
-        runs = settled(study, store)
+        runs = settled(study)
         if runs is not None:
             found[name] = [
                 outcome(contender, same, runs["adamw"], (), store)
@@ -151,7 +156,7 @@ COLUMNS = ("", "learning rate", *HEADINGS[:-1])
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Goes on with the study where it was, and prints what it says so far."""
+    """Resumes the study where it was, and prints what it says so far."""
 
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""
@@ -159,11 +164,10 @@ class Config:
 
 def main() -> int:
     flags = tyro.cli(Config, prog="python -m benchmarks.transfer", description=__doc__)
-    console, store = Console(), Store(RESULTS)
+    console, store = Console(), stored()
     DOCSTRINGS.parent.mkdir(parents=True, exist_ok=True)
     write_whole(DOCSTRINGS, "".join(json.dumps({"text": t}) + "\n" for t in docstrings()))
-    for study in studies(store).values():
-        pursue(study, store, flags.workers, console)
+    pursue(store, flags.workers, together, studies(store))
     console.print(table(COLUMNS, lines(rows(store))))
     return 0
 

@@ -1,9 +1,10 @@
 """What one update costs on this CPU, in time and memory: python -m benchmarks.update_cost
 
 Each optimizer takes turns with optax.adamw, so that both see the same machine; with XLA's default
-flags, and with its sequential scheduler, which keeps less in memory. PyTorch's AdamW and
-schedulefree are measured in the same way where they are installed. Writes
-benchmarks/results/update_cost.json.
+flags, and with its sequential scheduler, which keeps less in memory. All keep the memory of an
+update for the next, as the trainer of the examples does. What synchronizes with slow weights is
+timed over whole periods. PyTorch's AdamW and schedulefree are measured in the same way where they
+are installed. Writes benchmarks/results/update_cost.json.
 """
 
 import concurrent.futures
@@ -31,7 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import processor, quick_file
-from benchmarks.updates import Update, shapes, torch_optimizers, total_bytes, updates_of_adamw
+from benchmarks.updates import (
+    PERIOD,
+    Update,
+    shapes,
+    torch_optimizers,
+    total_bytes,
+    updates_of_adamw,
+)
+from examples.commands import keep_memory
 from examples.files import write_json
 from examples.run_folder import to_store
 from planning.machines import amount
@@ -51,8 +60,9 @@ class Config:
     """Millions of float32 parameters / leaves of equal size, or llama- and a preset of
     examples.llama for its shapes. What the file has of other sizes is kept, if the versions are the
     same."""
-    rounds: int = 21
-    """Timed updates of each optimizer; 7 are enough where they take longer than 6 seconds."""
+    rounds: int = 31
+    """Timed updates, or periods, of each optimizer; 9 are enough where they take longer than 20
+    seconds."""
     compilations: int = 3
     """Times that optax.adamw and gpa(adamw) are compiled in turns, at sizes of 1,000 leaves."""
     quick: bool = False
@@ -78,6 +88,7 @@ def main() -> int:
         "meaning": {
             "load": "processes that ran on this machine on average in the minute before",
             "seconds": "quartiles of one update with donated float32 params and state",
+            "memory": "kept from update to update, for all alike",
             "ratio": f"quartiles of its time over that of {REFERENCE} in the same round",
             "held_bytes": "params, optimizer state and gradients",
             "extra_bytes": "by how much the process grows during an update, at its peak",
@@ -136,6 +147,7 @@ def in_process(scheduler: str, function: Callable, *arguments: Any) -> Any:
 
 def measure(size: str, rounds: int) -> list[dict[str, Any]]:
     """What an update of each optimizer costs at a size, and what a compilation of it took."""
+    keep_memory()
     jax.config.update("jax_enable_compilation_cache", False)
     params = make_params(size)
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -150,6 +162,7 @@ def measure(size: str, rounds: int) -> list[dict[str, Any]]:
     for other in others:
         pair = (reference, other())
         times = take_turns([update.run for update in pair], rounds)
+        times /= [update.repeats for update in pair]
         for update, quartiles in zip(pair, quartiles_of(times), strict=True):
             if update is not reference or not rows:
                 row = {"optimizer": update.name, "rounds": len(times), **quartiles, **update.costs}
@@ -175,6 +188,7 @@ class OptaxUpdate:
 
     def __init__(self, name: str, update: Update, params: Any):
         self.name, self.grads = name, params
+        self.repeats = PERIOD if update.periodic else 1
         self.params = update.params(jax.tree.map(jnp.copy, params))
         self.opt_state = jax.jit(update.optimizer.init)(self.params)
         arguments = self.params, self.opt_state, self.grads
@@ -187,9 +201,11 @@ class OptaxUpdate:
         }
 
     def run(self) -> None:
-        self.params, self.opt_state = jax.block_until_ready(
-            self.compiled(self.params, self.opt_state, self.grads)
-        )
+        """`repeats` updates."""
+        for _ in range(self.repeats):
+            self.params, self.opt_state = jax.block_until_ready(
+                self.compiled(self.params, self.opt_state, self.grads)
+            )
 
 
 def compile_update(update: Update, *arguments: Any) -> tuple[jax.stages.Compiled, float, float]:
@@ -203,6 +219,8 @@ def compile_update(update: Update, *arguments: Any) -> tuple[jax.stages.Compiled
 
 class TorchUpdate:
     """An optimizer of PyTorch, with params like these."""
+
+    repeats = 1
 
     def __init__(self, name: str, optimizer: Callable[[list], Any], params: Any):
         import torch
@@ -232,13 +250,13 @@ def torch_versions() -> dict[str, str]:
 
 
 def take_turns(
-    runs: list[Callable[[], None]], rounds: int, first: int = 2, most: float = 6.0
+    runs: list[Callable[[], None]], rounds: int, first: int = 2, most: float = 20.0
 ) -> np.ndarray:
     """Seconds of each run in each round, after the first ones, which are not counted; after `most`
-    seconds 7 rounds are enough."""
+    seconds 9 rounds are enough."""
     times, began = [], time.perf_counter()
     while len(times) < first + rounds:
-        if time.perf_counter() - began > most and len(times) >= first + 7:
+        if time.perf_counter() - began > most and len(times) >= first + 9:
             break
         row = [0.0] * len(runs)
         for index in range(len(runs))[:: 1 if len(times) % 2 else -1]:

@@ -37,6 +37,10 @@ class Update(NamedTuple):
     between: optax.GradientTransformation | None = None
     """What is left of the update, except in every `PERIOD`-th, in which all arrays are needed."""
 
+    @property
+    def periodic(self) -> bool:
+        return self.between is not None
+
     def step(self, params: Any, opt_state: Any, grads: Any) -> tuple[Any, Any]:
         updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state

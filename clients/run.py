@@ -41,8 +41,7 @@ def versions(program: Path, python: Path) -> str:
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    # This library is taken from the checkout, without its own requirements: Levanter needs an older
-    # optax than those.
+    # This library is taken from the checkout, and its requirements from what the clients take.
     ours = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | ours)
 

@@ -37,6 +37,10 @@ borrowed_pages = {
     "examples.md": "examples/README.md",
     "changelog.md": "CHANGELOG.md",
 }
+borrowed_pages |= {
+    f"benchmarks/{path.name}": f"benchmarks/pages/{path.name}"
+    for path in ROOT.glob("benchmarks/pages/*.md")
+}
 if (ROOT / "CONTRIBUTING.md").exists():
     borrowed_pages["contributing.md"] = "CONTRIBUTING.md"
 borrowed_pages |= {

@@ -96,7 +96,7 @@ def set_aside(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> 
         newest, *others = damaged.values()
         rest = "No other can be restored either; " if others else ""
         raise DamagedError(
-            f"{newest} {rest}--no-resume renames the folder of the run and starts anew."
+            f"{newest} {rest}--no-resume renames the folder of the run and starts over."
         )
     aside = folder.with_name(f"{folder.name}.damaged")
     for path, error in damaged.items():

@@ -6,16 +6,17 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import absl.logging
 import jax
 from rich.console import Console
 
 from examples import optimizers, plots
-from examples.config import Distributed, OneRun, parse_run
+from examples.config import Distributed, OneRun, given, parse_run
 from examples.console import say
 from examples.metrics import History, Report
-from examples.run_folder import begin_anew, check_data, check_run, to_store
+from examples.run_folder import check_data, check_run, start_over, to_store
 from examples.settings import label
 from examples.sharding import make_mesh
 from examples.stopping import End
@@ -52,9 +53,11 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
     config = parse_run(kind, program, arguments)
     connect(config.distributed)
     console.quiet = jax.process_index() > 0
+    data = open_data(config, arguments, console)
     if not config.resume:
-        begin_anew(config.run, console)
-    end = start_or_resume(config, console)
+        start_over(config.run, console)
+    say(console, data.description)
+    end = start_or_resume(config, console, data)
     runs = {label(config.optimizer): History.read(config.run)}
     if jax.process_index() == 0 and all(history.validation for history in runs.values()):
         plots.plot(runs, config.run / "summary.png")
@@ -64,21 +67,37 @@ def train_command(kind: type, program: str, arguments: Sequence[str], console: C
 
 
 def ended(config: OneRun, end: End, console: Console) -> int:
-    """The exit status; says how to go on."""
+    """The exit status; says how to resume."""
     if end.done == config.steps:
         return 0
     how = "the same command" if config.resume else "the same command without --no-resume"
-    say(console, f"Stopped after step {end.done}; {how} goes on from there.")
+    say(console, f"Stopped after step {end.done}; {how} resumes from there.")
     return end.status
 
 
-def start_or_resume(config: OneRun, console: Console, data: Data | None = None) -> End:
-    """Trains, or goes on with the run in `config.run`; what it measures is in its folder.
+def open_data(config: Any, arguments: Sequence[str], console: Console) -> Any:
+    """Opens the data of a workload's configuration.
+
+    Raises:
+      ValueError: if it cannot be used, or if a flag among the arguments has no effect on it.
+    """
+    with console.status("Opening the data"):
+        data = config.open_data()
+    for name in sorted(given(arguments) & data.without_effect.keys()):
+        value = getattr(config.data, name.removeprefix("--data.").replace("-", "_"))
+        raise ValueError(
+            f"{name} {value} has no effect with {data.without_effect[name]}: leave it out."
+        )
+    return data
+
+
+def start_or_resume(config: OneRun, console: Console, data: Data) -> End:
+    """Trains, or resumes the run in `config.run`; what it measures is in its folder.
 
     Args:
       config: a workload's configuration of one run.
       console: shows the progress.
-      data: the opened data, if there is any already.
+      data: the opened data.
 
     Returns:
       The updates made in all, and what stopped them.
@@ -87,10 +106,6 @@ def start_or_resume(config: OneRun, console: Console, data: Data | None = None) 
       ValueError: if flags or data do not fit, before anything is compiled.
       Exception: what `train` raises.
     """
-    if data is None:
-        with console.status("Opening the data"):
-            data = config.open_data()
-        say(console, data.description)
     config = config.fitted(data)
     check_run(config)
     check_data(config.run, data.files)
@@ -148,12 +163,12 @@ def connect(flags: Distributed) -> None:
     Raises:
       ValueError: if flags contradict each other or the processes do not meet.
     """
-    given = [value is not None for value in (flags.coordinator, flags.processes, flags.process)]
+    who = [value is not None for value in (flags.coordinator, flags.processes, flags.process)]
     if not flags.distributed:
-        if any(given):
+        if any(who):
             raise ValueError("--coordinator, --processes and --process need --distributed.")
         return
-    if any(given) and not all(given):
+    if any(who) and not all(who):
         raise ValueError("Give --coordinator, --processes and --process together, or none.")
     try:
         jax.distributed.initialize(

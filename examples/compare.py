@@ -21,14 +21,14 @@ from rich.panel import Panel
 from rich.text import Text
 
 from examples import plots
-from examples.commands import connect, ended, run_command, start_or_resume
+from examples.commands import connect, ended, open_data, run_command, start_or_resume
 from examples.config import OneRun, Training, decisive, given, peek, to_json
 from examples.console import say
 from examples.files import write_json
 from examples.llama.config import LlamaFlags, TrainLlama
 from examples.metrics import History
 from examples.plots import first_step_at
-from examples.run_folder import begin_anew, check_run, to_store
+from examples.run_folder import check_run, start_over, to_store
 from examples.settings import NAMES, Name, Settings, averages, check_effect, label
 from examples.vit.config import TrainViT, ViTFlags
 
@@ -41,7 +41,7 @@ class Comparison(Training):
     """Whether to evaluate y, the params that are trained, beside the averaged weights x."""
     out: Path | None = None
     """Folder of the comparison. Default: runs/ and a name made of the flags, so that the same
-    command goes on with what it finds there."""
+    command resumes what it finds there."""
     optimizers: tuple[Name, ...] = ("adamw", "gpa-adamw")
     """Which optimizers to run, in this order. The first is the one to beat."""
     settings: Annotated[dict[str, Settings], tyro.conf.arg(name="")] = dataclasses.field(
@@ -82,16 +82,15 @@ def main(arguments: Sequence[str], console: Console) -> int:
         given = f", got {arguments[0]}" if arguments and not arguments[0].startswith("-") else ""
         raise ValueError(
             f"Say what to train: python -m examples.compare llama, or vit{given}. "
-            "With --help after it, that tells every flag."
+            "With --help after it, that lists every flag."
         )
     workload, *arguments = arguments
     config = parse_comparison(workload, arguments)
     connect(config.distributed)
     console.quiet = jax.process_index() > 0
+    data = open_data(config, arguments, console)
     if not config.resume:
-        begin_anew(config.out, console)
-    with console.status("Opening the data"):
-        data = config.open_data()
+        start_over(config.out, console)
     configs = {name: config.of(WORKLOADS[workload][1], name) for name in config.optimizers}
     for one in configs.values():  # all of them, before the first one trains
         check_run(one.fitted(data))

@@ -13,7 +13,7 @@ import tyro
 
 from examples.settings import NAMES, Name, Settings, averages, check_effect, flag, holds_master_copy
 
-# Flags that change nothing in what a run computes: a run may go on with other values of these.
+# Flags that change nothing in what a run computes: a run may be resumed with other values of these.
 FREE = {
     "run", "out", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
     "max_bad_steps", "distributed", "data.cache",
@@ -43,11 +43,11 @@ class Training:
     keep: int = 2
     """Checkpoints to keep, beside the best."""
     resume: bool = True
-    """Go on with what is in the folder. --no-resume renames it and starts anew."""
+    """Resume from what is in the folder. --no-resume renames it and starts over."""
     log_every: int = 10
     """Updates from one line of metrics to the next."""
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is no finite number, at which the run ends. A
+    """Steps in a row with a loss or gradient that is not finite, at which the run ends. A
     step like that changes neither the params nor the optimizer's state."""
 
     def __post_init__(self):
@@ -68,7 +68,7 @@ class OneRun(Training):
     """The flags of a single run. `examples.compare` makes one of these for each optimizer."""
 
     run: Path | None = None
-    """Folder of the run: checkpoints, metrics, summary. The same command goes on with what it
+    """Folder of the run: checkpoints, metrics, summary. The same command resumes what it
     finds there. Default: runs/ and a name made of the preset and the optimizer."""
     optimizer: Name = "gpa-adamw"
     """The optimizer: a base, or a kind of averaging around it."""

@@ -181,7 +181,7 @@ class Report:
         if bad:
             self.say(
                 f"{bad} of the {steps} steps up to {done} changed nothing: their loss or gradient "
-                "is no finite number."
+                "is not finite."
             )
         if bad < steps:
             values = list(itertools.compress(values, good))

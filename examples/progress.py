@@ -31,7 +31,7 @@ class Display:
         self.progress.start()
         self.task = self.progress.add_task(self.title, total=self.steps, completed=done, status="")
         if done:
-            self.say(f"goes on from step {done}.")
+            self.say(f"resumes from step {done}.")
 
     def stepped(self, done: int, loss: float, rate: float, unit: str) -> None:
         self.training = f"loss {loss:.3f}  {rate:,.0f} {unit}/s"

@@ -36,14 +36,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def begin_anew(folder: Path, console: Console) -> None:
+def start_over(folder: Path, console: Console) -> None:
     """Renames a folder that is there, so that nothing in it is lost."""
     if folder.exists() and jax.process_index() == 0:
         renamed = free_name(folder)
         folder.rename(renamed)
         say(console, f"{folder} is {renamed} now.")
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"begin anew in {folder}")
+        multihost_utils.sync_global_devices(f"start over in {folder}")
 
 
 def check_run(config: Any) -> None:
@@ -59,8 +59,8 @@ def check_run(config: Any) -> None:
     stored = read_json(path)["config"]
     before, now = lasting(stored), lasting(to_json(config))
     given = dataclasses.asdict(config.settings)
-    same = "give the same flags to go on with it, another --run, or --no-resume to rename it and "
-    same += "start anew."
+    same = "give the same flags to resume it, another --run, or --no-resume to rename it and "
+    same += "start over."
     begun = f"{config.run} holds a run that was begun with"
     old, new = before.pop("steps", None), now.pop("steps")
     if old != new and now["settings.schedule"] == before.get("settings.schedule") != "constant":
@@ -107,6 +107,6 @@ def check_data(folder: Path, files: Mapping[str, Any]) -> None:
         if path.exists() and read_json(path) != content:
             raise ValueError(
                 f"{folder} holds a run that was begun with other data, as its {name} shows; give "
-                "that data to go on with it, another --run, or --no-resume to rename it and start "
-                "anew."
+                "that data to resume it, another --run, or --no-resume to rename it and start "
+                "over."
             )

@@ -66,7 +66,7 @@ def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
         loss, grads = accumulate(jax.value_and_grad(mean_loss), state.params, batch, keys)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = optax.apply_updates(state.params, updates), opt_state
-        # A step that is not finite changes nothing. Select with `where`, not `cond` (which is in
+        # A non-finite step changes nothing. Select with `where`, not `cond` (which is in
         # optax.apply_if_finite, too): on an H100 a cond keeps temporaries of the model's size.
         grad_norm = optax.tree.norm(grads)  # not finite if any element is not
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -125,7 +125,7 @@ def train(config: OneRun, task: Task, data: Data, mesh: Mesh, report: Report, **
       how: passed on to `data`, such as the length of its sequences.
 
     Raises:
-      FloatingPointError: after --max-bad-steps steps in a row that were not finite.
+      FloatingPointError: after --max-bad-steps non-finite steps in a row.
       OSError: if a checkpoint or a line of metrics could not be written.
       checkpoints.DamagedError: if the run has checkpoints and none can be restored.
     """
@@ -173,7 +173,7 @@ def train(config: OneRun, task: Task, data: Data, mesh: Mesh, report: Report, **
                 checkpoints.finish(manager)
                 raise FloatingPointError(
                     f"By step {done}, {config.max_bad_steps} steps in a row had a loss or gradient "
-                    f"that is no finite number; they changed nothing. {checkpoints.kept(manager)}; "
+                    f"that is not finite; they changed nothing. {checkpoints.kept(manager)}; "
                     "--max-bad-steps allows more."
                 )
             if done % config.evaluate_every == 0 or done == config.steps:

@@ -31,6 +31,9 @@ class Data(Protocol):
     description: str
     files: Mapping[str, Any]
     """What has to be stored with a run to use its weights, as JSON, by name of file."""
+    without_effect: Mapping[str, str]
+    """The flags that change nothing about this data, such as --data.held-out, each with what makes
+    it so."""
 
     def train(
         self, batch_size: int, seed: int, process_index: int, process_count: int, **how: Any

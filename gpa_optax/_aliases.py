@@ -14,7 +14,7 @@ from optax.contrib import muon
 
 from gpa_optax import averaging
 from gpa_optax._gpa import gpa
-from gpa_optax._validate import check_peak, check_steps, check_window, is_traced
+from gpa_optax._validate import check_muon, check_peak, check_steps, check_window, is_traced
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
 MaskOrFn = Any
@@ -476,6 +476,8 @@ def gpa_muon(
 ) -> optax.GradientTransformationExtraArgs:
     r"""GPA around Muon: orthogonalized momentum for matrices, AdamW for the other leaves.
 
+    It needs optax 0.2.8 or newer, the first version whose muon has all of these arguments.
+
     .. math::
 
       \begin{align*}
@@ -516,6 +518,7 @@ def gpa_muon(
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`.
 
     Raises:
+      ImportError: if optax is older than 0.2.8.
       TypeError, ValueError: as `gpa`; a ValueError also if ``weight_decay_mask`` is a single
         boolean, which `optax.inject_hyperparams` makes of a function: name it in its
         ``static_args``.
@@ -541,6 +544,7 @@ def gpa_muon(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
+    check_muon(muon)
     _check_mask("weight_decay_mask", weight_decay_mask)
     base = muon(
         learning_rate,

@@ -41,7 +41,7 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     checkpoint restored without the form of the state, is read too, if the params are dicts and GPA
     covers every leaf.
 
-    Running statistics, such as BatchNorm's, are no params: they belong to y. Compute them anew at
+    Running statistics, such as BatchNorm's, are not params: they belong to y. Compute them again at
     x, by some forward passes over training data, before a model that has them is evaluated there.
 
     Args:

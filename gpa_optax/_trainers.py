@@ -30,7 +30,7 @@ def end_at_x(
 
     For functions that train and return the params alone, from which `eval_params` cannot be read
     any more. Before the last update nothing differs from ``optimizer``. Training that goes on after
-    it starts anew at x, where y and z are then as well; with params narrower than float32 it goes
+    it starts over at x, where y and z are then as well; with params narrower than float32 it goes
     on from the y that the state stores.
 
     Args:

@@ -135,6 +135,15 @@ def check_transformation(name: str, optimizer: Any) -> None:
         )
 
 
+def check_muon(muon: Callable[..., Any]) -> None:
+    """ImportError for Optax' muon of before 0.2.8, the first with all of `gpa_muon`'s arguments."""
+    if "preconditioning" not in inspect.signature(muon).parameters:
+        raise ImportError(
+            f"gpa_muon needs optax 0.2.8 or newer; this is optax {optax.__version__}. Give gpa the "
+            "muon of this version as its base optimizer, as in gpa(optax.contrib.muon(0.02))."
+        )
+
+
 def check_params(params: Any) -> None:
     """TypeError at the first leaf of the params given to `init` that cannot be averaged."""
     for path, leaf in tree_leaves_with_path(params):

@@ -1,11 +1,6 @@
-"""Notebooks for Colab, stored with their outputs; `python -m notebooks.run` executes them."""
+"""Notebooks, stored with their outputs; `python -m notebooks.run` executes them."""
 
 from typing import Any
-
-# The public repository. The notebooks hold the same address, in their badge and where they clone
-# it; tests/test_notebooks.py compares them. Who knows it replaces OWNER everywhere at once:
-#   sed -i 's|OWNER/gpa-optax|the-owner/the-name|g' notebooks/*.py notebooks/*.ipynb
-REPOSITORY = "https://github.com/OWNER/gpa-optax"
 
 # What the short form computes: values for the variables of the cell that is tagged `parameters`.
 SHORT: dict[str, dict[str, Any]] = {

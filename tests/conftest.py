@@ -11,15 +11,17 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests of the examples compile the same training steps again and again, also in subprocesses.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+
+from helpers.loops import double
 
 # Random examples would make CI fail by chance where float32 meets a discontinuity.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
@@ -37,11 +39,6 @@ def pytest_report_header():
     return ", ".join(found)
 
 
-def double(on):
-    """With float64, or without."""
-    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)
-
-
 @pytest.fixture
 def x64():
     """Float64 for one test."""
@@ -55,6 +52,15 @@ def rng():
 
 
 @pytest.fixture
+def params(rng):
+    """A nested tree with a matrix, a vector and a scalar."""
+    return {
+        "a": jnp.asarray(rng.normal(size=(3, 4)), jnp.float32),
+        "b": {"c": jnp.asarray(rng.normal(size=(5,)), jnp.float32), "d": jnp.ones(())},
+    }
+
+
+@pytest.fixture
 def programs_are_not_stored():
     """The cache of compiled programs could not load those for machines that are not here."""
     name = "jax_persistent_cache_min_compile_time_secs"
@@ -62,17 +68,3 @@ def programs_are_not_stored():
     jax.config.update(name, math.inf)
     yield
     jax.config.update(name, before)
-
-
-def run(optimizer, params, gradient, steps):
-    """`steps` jitted steps with gradient(t, params); returns the params and the state."""
-    opt_state = optimizer.init(params)
-
-    @jax.jit
-    def step(t, params, opt_state):
-        updates, opt_state = optimizer.update(gradient(t, params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    for t in range(steps):
-        params, opt_state = step(t, params, opt_state)
-    return params, opt_state

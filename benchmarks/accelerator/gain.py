@@ -26,7 +26,8 @@ from benchmarks import corpus, ensemble, statistics
 from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work, backward
 from benchmarks.accelerator.results import Bar
 from benchmarks.corpus import Tokens
-from benchmarks.ensemble import Member, Result, Workload
+from benchmarks.ensemble import Member, Result, Workload, mean_final
+from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import FRESH, TUNING
 from benchmarks.updates import entries, shapes
@@ -217,7 +218,7 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def training(folder: Path, text: Path, quick: bool) -> "Training":
-    return Training(Store(folder / FILE), rehearsal() if quick else read(text))
+    return Training(Store(folder / FILE, kind=MEMBERS), rehearsal() if quick else read(text))
 
 
 def read(folder: Path) -> Tokens:
@@ -357,10 +358,6 @@ def contrast(contender: list[Result], baseline: list[Result]) -> dict[str, Any]:
         found |= {"interval": [estimate.low, estimate.high], "p": estimate.p}
         found["saving_interval"] = statistics.bootstrap(saving, *curves)
     return found
-
-
-def mean_final(runs: Sequence[Result]) -> float:
-    return float(np.mean([run.final for run in runs]))
 
 
 def bars(found: dict[str, Any]) -> list[Bar]:

@@ -1,4 +1,4 @@
-"""A file of results for each part, written anew after each measurement."""
+"""A file of results for each part, rewritten after each measurement."""
 
 import contextlib
 import dataclasses

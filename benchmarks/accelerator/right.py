@@ -212,7 +212,7 @@ def bars(found: dict[str, Any]) -> list[Bar]:
             for dtype, row in result["updates"].items():
                 for what in ("compiled", "ran"):
                     if row[what] is not None:
-                        name = f"kernels a leaf, {what}, {dtype} params"
+                        name = f"kernels per leaf, {what}, {dtype} params"
                         judged.append(Bar(name, 1, row[what] / row["leaves"]))
         else:
             judged += bars_of_a_base(measurement, result["cases"])

@@ -109,8 +109,8 @@ def kernels(folder: Path) -> Table:
 
 def updates(folder: Path) -> Table:
     headings = (
-        "device, date", "shapes", "update of", "ms (quartiles)", "times the first", "bytes a param",
-        "GB/s", "of a copy", "expected, ms",
+        "device, date", "shapes", "update of", "ms (quartiles)", "times the first",
+        "bytes per parameter", "GB/s", "of a copy", "expected, ms",
     )  # fmt: skip
     lines = []
     for one in measured(folder, "update"):

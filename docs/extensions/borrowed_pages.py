@@ -6,7 +6,6 @@ another page leads to that page in the site, and one to any other file into the 
 nowhere if the site is not told where that is.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
-# [text](target) and ![text](target); in the text may be an image, as in a badge.
-LINK = re.compile(r"(!?)\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
+# [text](target) and ![text](target)
+LINK = re.compile(r"(!?)\[([^\[\]]*)\]\(([^)\s]+)\)")
 
 
 def copy(app: Sphinx, config) -> None:
@@ -29,13 +28,7 @@ def copy(app: Sphinx, config) -> None:
 def rewrite(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turns links that are relative to where a page was written into links within the site."""
     page = Path(app.env.doc2path(docname))
-    if page.suffix == ".ipynb":
-        notebook = json.loads(source[0])
-        for cell in notebook["cells"]:
-            if cell["cell_type"] == "markdown":
-                cell["source"] = rewritten(app, page, "".join(cell["source"]))
-        source[0] = json.dumps(notebook)
-    else:
+    if page.suffix == ".md":  # notebooks have no links into the repository
         source[0] = rewritten(app, page, source[0])
 
 
@@ -50,7 +43,6 @@ def rewritten(app: Sphinx, page: Path, text: str) -> str:
 
     def replacement(found: re.Match) -> str:
         exclamation, label, link = found.groups()
-        label = LINK.sub(replacement, label)
         path, _, anchor = link.partition("#")
         file = (written.parent / path).resolve()
         if (file / "README.md").exists():

@@ -1,4 +1,4 @@
-"""BatchNorm: its running statistics belong to y, and are computed anew at x before evaluation."""
+"""BatchNorm: its running statistics belong to y, and are computed again at x before evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ of_x, at_x = statistics(), loss(eval_model, validation)
 refresh_batch_stats(eval_model, [inputs for inputs, _ in batches])  # what 20 batches estimate
 exact = statistics()
 before, after = jnp.linalg.norm(of_y - exact), jnp.linalg.norm(of_x - exact)
-print(f"statistics are off by {before:.2f} as those of y, by {after:.2f} computed anew")
+print(f"statistics are off by {before:.2f} as those of y, by {after:.2f} computed again")
 print(f"validation loss at x: {start:.3f} before training, {at_x:.3f} after it")
 assert after < 0.5 * before
 assert at_x < 0.1 * start

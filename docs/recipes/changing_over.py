@@ -59,7 +59,7 @@ same, _ = train(beside, params, into_gpa(beside, params, opt_state), range(300, 
 plain, _ = train(with_adamw, params, opt_state, range(300, 350))
 assert all(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-6), same, plain)))
 
-# In: the average begins here, at the present params, and the learning rate goes on. mu_y is the
+# In: the average begins here, at the present params, and the learning rate continues. mu_y is the
 # momentum, in place of b1, whose moment stands in the state all the same.
 base = optax.adamw(schedule, b1=0.0, b2=0.95, weight_decay=0.1)
 with_gpa = optax.chain(optax.clip_by_global_norm(1.0), gpa(base, averaging.uniform(), mu_y=0.9))
@@ -71,8 +71,8 @@ at_x, at_y = loss(x, validation), loss(params, validation)
 print(f"validation loss: {at_x:.3f} at x, {at_y:.3f} at y")
 assert at_x < at_y
 
-# Out: AdamW goes on from x (or, from the params, at y) with the second moment and step counts. With
-# b1=0 the base kept the last gradient as its first moment: AdamW begins with none.
+# Out: AdamW continues from x (or, from the params, at y) with the second moment and step counts.
+# With b1=0 the base kept the last gradient as its first moment: AdamW begins with none.
 clip_state, gpa_state = opt_state
 moments, *rest = gpa_state.base_state
 moments = moments._replace(mu=jax.tree.map(jnp.zeros_like, moments.mu))

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: params and opt_state are all there is, and a run goes on bit for bit."""
+"""Checkpoints with Orbax: params and opt_state are everything, and a run resumes bit for bit."""
 
 import tempfile
 
@@ -44,7 +44,7 @@ with tempfile.TemporaryDirectory() as folder:
     saved_x = eval_params(state["opt_state"], state["params"])
 
     # Another process: the form of the state comes from the same code that made the first one.
-    # Without it Orbax gives dicts, with which no optimizer can go on.
+    # Without it Orbax gives dicts, from which no optimizer can resume.
     with open_checkpoints(folder) as checkpoints:
         abstract = jax.eval_shape(initial_state)
         # Where the arrays shall lie; with a mesh, their NamedShardings.

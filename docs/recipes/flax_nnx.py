@@ -43,7 +43,7 @@ start = loss(model, validation)
 for step in range(steps):
     train_step(model, optimizer, make_batch(jax.random.fold_in(jax.random.key(2), step)))
     if (step + 1) % 100 == 0:
-        # The same filter as wrt; for each evaluation anew.
+        # The same filter as wrt; again for each evaluation.
         x = eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
         eval_model = nnx.clone(model)
         nnx.update(eval_model, x)

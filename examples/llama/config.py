@@ -76,7 +76,7 @@ class TrainLlama(OneRun, LlamaFlags):
     """Trains a Llama on text: Python's standard library, your own files, or a dataset of the
     Hugging Face hub.
 
-    Ctrl-C saves a checkpoint and stops; the same command goes on from there. Other commands:
+    Ctrl-C saves a checkpoint and stops; the same command resumes from there. Other commands:
     export, sample, plan (each has a --help), and python -m examples.compare llama.
     """
 

@@ -152,6 +152,17 @@ class Text:
     held_out: Part
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        settings, found = self.settings, {}
+        if all(part.corpus.texts_are_files for part in (self.training, self.held_out)):
+            found["--data.column"] = f"--data.source {settings.source}, whose files have no columns"
+        if self.training.corpus is not self.held_out.corpus:
+            found["--data.held-out"] = f"a validation set, {self.held_out.corpus.description}"
+        if settings.tokenizer != "bpe":
+            found["--data.cache"] = f"--data.tokenizer {settings.tokenizer}"
+        return found
+
+    @property
     def files(self) -> dict[str, Any]:
         """What a run stores with its weights: tokenizer.json."""
         return {"tokenizer.json": json.loads(self.tokenizer.to_str())}
@@ -278,7 +289,7 @@ class _InTurnIterator(grain.DatasetIterator):
         if missing:
             raise ValueError(
                 f"The checkpoint holds no place in the data for reader {missing[0]}: give "
-                "--data.readers as it was when the run was begun, or start anew in another --run."
+                "--data.readers as it was when the run was begun, or start over in another --run."
             )
         for number, reader in self._readers.items():
             reader.set_state(state[number])

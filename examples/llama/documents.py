@@ -129,7 +129,7 @@ class _DocumentsIterator(grain.DatasetIterator):
         if state["identity"] != self._documents.identity:
             raise ValueError(
                 "The place in the data that the checkpoint holds is one in another text, or for "
-                "another --seed or --data.readers: continue with those, or start anew in another "
+                "another --seed or --data.readers: continue with those, or start over in another "
                 "--run."
             )
         self._place = state["place"]

@@ -96,7 +96,7 @@ class TrainViT(OneRun, ViTFlags):
     """Trains a ViT on images: scikit-learn's digits, Fashion-MNIST, your own folders, or a dataset
     of the Hugging Face hub.
 
-    Ctrl-C saves a checkpoint and stops; the same command goes on from there. Other commands: plan
+    Ctrl-C saves a checkpoint and stops; the same command resumes from there. Other commands: plan
     (which has a --help of its own), and python -m examples.compare vit.
     """
 

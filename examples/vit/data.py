@@ -107,6 +107,12 @@ class Images:
         return self.train_part.examples.shape
 
     @property
+    def without_effect(self) -> dict[str, str]:
+        if self.train_part.examples is self.validation_part.examples:
+            return {}
+        return {"--data.held-out": f"{self.name}, which has images for validation"}
+
+    @property
     def files(self) -> dict[str, Any]:
         """What a run stores with its weights: the classes, and by what to know the images again."""
         parts = (self.train_part, self.validation_part)
@@ -136,7 +142,7 @@ class Images:
     def train(
         self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> grain.DatasetIterator:
-        """Batches without end, shuffled anew each epoch; of each, the rows process_index,
+        """Batches without end, reshuffled each epoch; of each, the rows process_index,
         process_index + process_count, ...
 
         `get_state` is the number of batches consumed, `set_state` continues bit for bit. An epoch

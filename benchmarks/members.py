@@ -1,0 +1,55 @@
+"""The runs of `benchmarks.ensemble` as a store holds them."""
+
+import dataclasses
+import functools
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import corpus
+from benchmarks.ensemble import Member, Result, Workload, train
+from benchmarks.store import Kind, rounded
+
+
+def record_of(result: Result) -> dict[str, Any]:
+    return {
+        "identity": result.member.identity,
+        **result.member.changes(),
+        "curve": rounded(result.curve),
+        "final": round(result.final, 6) if math.isfinite(result.final) else None,
+        "cpu_seconds": round(result.seconds, 1),
+    }
+
+
+def in_record(record: dict[str, Any]) -> tuple[Member, Result]:
+    fields = {field.name for field in dataclasses.fields(Member)} & record.keys()
+    values = {name: record[name] for name in fields}
+    if "workload" in values:
+        changed = dict(values["workload"])
+        model = dataclasses.replace(Workload().model, **changed.pop("model", {}))
+        values["workload"] = Workload(model, **changed)
+    member = Member(**values)
+    final = math.inf if record["final"] is None else record["final"]
+    return member, Result(member, record["curve"], final, record["cpu_seconds"])
+
+
+def told(result: Result) -> str:
+    member = result.member
+    changed = {k: v for k, v in member.changes().items() if k not in ("optimizer", "knobs")}
+    parts = {**changed, **dict(member.knobs)}
+    what = f"{member.optimizer}, " + ", ".join(f"{k} {v}" for k, v in parts.items())
+    return f"{what}: {result.final:.4f} in {result.seconds:.0f} s"
+
+
+MEMBERS = Kind(operator.attrgetter("identity"), record_of, in_record, told)
+
+
+def train_member(member: Member, folder: Path, at_y: bool = False) -> Result:
+    """What a worker does to a member."""
+    workload = member.workload
+    [result] = train([member], tokens(folder, workload.text, workload.model.vocab_size), at_y)
+    return result
+
+
+tokens = functools.lru_cache(corpus.load)

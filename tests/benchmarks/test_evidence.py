@@ -1,0 +1,163 @@
+"""The studies ask for the runs that the protocol names, in its order; stored runs can be read."""
+
+import math
+
+import pytest
+
+from benchmarks import evidence_tables, studies
+from benchmarks.ensemble import Member, Result
+from benchmarks.evidence import STORE
+from benchmarks.members import MEMBERS
+from benchmarks.store import Missing, Store
+from benchmarks.studies import CONFIRMING, FRESH, STUDIES, TUNING, Run, Setting, missing, tuned
+
+
+class Imagined(dict):
+    """Results of all members that were asked for, with a loss that a function gives."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def make(self, members):
+        for member in members:
+            curve = {"step": [member.steps], "loss": [self.loss(member)]}
+            self[member] = Result(member, curve, self.loss(member), 0.0)
+
+    def finish(self, study):
+        """Until the study has all it needs; what it returns, and all that it asked for."""
+        asked = []
+        while True:
+            try:
+                return study(self), asked
+            except Missing as more:
+                asked += more.runs
+                self.make(more.runs)
+
+
+def bowl(best, warmup=0.2):
+    """Lowest at a learning rate and a warmup; seeds are higher by as much as they are."""
+
+    def loss(member: Member) -> float:
+        away = math.log2(member.learning_rate / best)
+        return 3 + 0.1 * away**2 + abs(member.warmup - warmup) + 1e-6 * member.seed
+
+    return loss
+
+
+@pytest.mark.parametrize("best", [1.1e-3, 4e-3, 5.5e-3, 1.15e-2, 9e-2])
+def test_tuning_finds_the_best_rate_within_and_beyond_the_grid(best):
+    results = Imagined(bowl(best))
+    setting, asked = results.finish(lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES))
+    assert abs(math.log2(setting.learning_rate / best)) <= 0.26
+    assert setting.warmup == 0.2
+    assert {member.seed for member in asked} == set(TUNING)
+    # Both neighbours of the best were tried, half an octave away.
+    tried = {m.learning_rate for m in asked if m.warmup == 0.2}
+    for factor in (2**-0.5, 2**0.5):
+        assert any(math.isclose(setting.learning_rate * factor, r, rel_tol=0.02) for r in tried)
+
+
+def test_without_refinement_only_the_edges_are_left_behind():
+    _, asked = Imagined(bowl(8e-3)).finish(
+        lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES, refine=False)
+    )
+    assert {m.learning_rate for m in asked} == set(studies.OCTAVES)
+    setting, asked = Imagined(bowl(3.2e-2)).finish(
+        lambda r: tuned(r, Run(1000), "adamw", studies.OCTAVES, refine=False)
+    )
+    assert setting.learning_rate == pytest.approx(3.2e-2)
+    assert max(m.learning_rate for m in asked) == pytest.approx(6.4e-2)
+
+
+@pytest.mark.parametrize(
+    ("study", "name"), [(study, name) for study in STUDIES for name in STUDIES[study]]
+)
+def test_every_condition_comes_to_contrasts_of_pairs_on_seeds_that_tuned_nothing(study, name):
+    contrasts, asked = Imagined(bowl(8e-3)).finish(STUDIES[study][name])
+    assert len({m.identity for m in asked}) == len(asked)  # none twice
+    fresh = CONFIRMING if "confirmed" in name else FRESH
+    for contrast in contrasts:
+        seeds = [[run.member.seed for run in runs] for runs in contrast[1:]]
+        assert seeds[0] == seeds[1] == list(fresh[: len(seeds[0])])
+        assert len({run.member.steps for runs in contrast[1:] for run in runs}) == 1
+
+
+def test_the_three_lowest_of_the_screen_are_confirmed():
+    best = {"annealed, mu_y 0.8": -0.3, "annealed, mu_y 0.95": -0.2, "anytime, mu_y 0.96": -0.1}
+
+    def loss(member):
+        forms = [(name, knobs) for name, (optimizer, knobs) in studies.SCREEN.items()
+                 if optimizer == member.optimizer]  # fmt: skip
+        name = next((n for n, knobs in forms if dict(member.knobs) == knobs), "")
+        return bowl(8e-3)(member) + best.get(name, 0.0)
+
+    contrasts, _ = Imagined(loss).finish(studies.confirmed)
+    assert [contrast.name for contrast in contrasts] == [*best, "Schedule-Free"]
+    assert len(contrasts[0].contender) == 24
+
+
+def test_the_one_liners_have_the_rule_and_no_search_of_their_own():
+    for condition in STUDIES["blocks"].values():
+        contrasts, _ = Imagined(bowl(8e-3)).finish(condition)
+        base = contrasts[0].baseline[0].member
+        for contrast in contrasts[:2]:
+            member = contrast.contender[0].member
+            assert member.learning_rate == pytest.approx(2 * base.learning_rate, rel=0.01)
+            assert (member.warmup, member.knobs) == (0.2, ())
+
+
+def test_what_is_missing_comes_in_the_order_of_its_worth_and_each_run_once():
+    members = missing(Imagined(None))
+    assert len({m.identity for m in members}) == len(members)
+    first = missing(Imagined(None), ["blocks"])
+    assert members[: len(first)] == first
+    assert all(m.seed in TUNING for m in members)  # nothing fresh before the tuning
+
+
+def test_rates_that_are_reached_in_two_ways_are_one_run():
+    run = Run(1000)
+    rates = (8e-3 * math.sqrt(2), 1.6e-2 / math.sqrt(2))
+    first, second = (Setting("adamw", rate, 0.2).members(run, [2000])[0] for rate in rates)
+    assert first.identity == second.identity
+
+
+def test_all_that_is_stored_is_read_and_belongs_to_the_protocol():
+    store = Store(STORE, kind=MEMBERS)
+    assert len(store.records) >= 14
+    for result in store:
+        assert result.member.seed in (*TUNING, *FRESH, *CONFIRMING)
+        assert result.curve["step"][-1] <= result.member.steps
+
+
+def test_the_table_has_a_line_for_each_contender_and_says_what_it_saves():
+    results = Imagined(bowl(8e-3))
+
+    def make(members):
+        """Losses fall by 1 over a run, so that 0.1 is a tenth of it."""
+        for m in members:
+            end = 3.0 + 1e-3 * m.seed - 0.1 * (m.optimizer == "annealed")
+            end = math.inf if m.optimizer == "anytime" and m.seed == FRESH[3] else end
+            curve = {"step": [m.steps / 2, m.steps], "loss": [end + 0.5, end]}
+            results[m] = Result(m, curve, end, 0.0)
+
+    results.make = make
+    name, condition = next(iter(STUDIES["blocks"].items()))
+    assert evidence_tables.table("blocks", results)[1] == []  # nothing is there yet
+    results.finish(condition)
+    headings, lines = evidence_tables.table("blocks", results)
+    assert {len(line) for line in lines} == {len(headings)}
+    assert [line[0] for line in lines] == [f"{name}, 8 seeds", "", "", ""]
+    baseline, annealed, anytime, _ = lines
+    assert baseline[1] == "adamw"
+    assert annealed[4].startswith("-0.1000 (")
+    assert annealed[6].startswith("+10.0% (")
+    assert anytime[4:] == ["diverged", "", "", ""]
+
+
+def test_a_prediction_takes_three_conditions():
+    results = Imagined(bowl(8e-3))
+    assert evidence_tables.prediction(results).startswith("Fewer than three")
+    for condition in STUDIES["transfer"].values():
+        results.finish(condition)
+    assert "`annealed_adamw` is predicted to save" in evidence_tables.prediction(results)

@@ -58,6 +58,13 @@ def needs_optax(version, what):
 NEEDS_MUON = needs_optax("0.2.8", "gpa_muon")
 
 
+def pytest_collection_modifyitems(items):
+    """The example in gpa_muon's docstring needs it, too."""
+    for item in items:
+        if item.name == "gpa_optax._aliases.gpa_muon":
+            item.add_marker(NEEDS_MUON)
+
+
 def marked(mark, values, *which):
     """The values for `pytest.mark.parametrize`, marked where they are or hold one of `which`."""
     cases = [value if isinstance(value, tuple) else (value,) for value in values]

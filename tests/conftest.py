@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from helpers.loops import double
+from helpers.needs import NEEDS_MUON
 
 # Random examples would make CI fail by chance where float32 meets a discontinuity.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40)
@@ -37,6 +38,13 @@ def pytest_report_header():
         except PackageNotFoundError:
             found.append(f"no {package}")
     return ", ".join(found)
+
+
+def pytest_collection_modifyitems(items):
+    """The example in gpa_muon's docstring needs it, too."""
+    for item in items:
+        if item.name == "gpa_optax._aliases.gpa_muon":
+            item.add_marker(NEEDS_MUON)
 
 
 @pytest.fixture

@@ -14,7 +14,14 @@ from optax.contrib import muon
 
 from gpa_optax import averaging
 from gpa_optax._gpa import gpa
-from gpa_optax._validate import check_muon, check_peak, check_steps, check_window, is_traced
+from gpa_optax._validate import (
+    check_decay,
+    check_muon,
+    check_peak,
+    check_steps,
+    check_window,
+    is_traced,
+)
 
 # A tree of booleans like the params (or a prefix of them), or a function that makes one of them.
 MaskOrFn = Any
@@ -304,6 +311,7 @@ def gpa_adamw(
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
     _check_mask("mask", mask)
+    check_decay(weight_decay)
     if _is_zero(b1) and _is_zero(eps_root):
         # The same update as optax.adamw's, without a first moment that is always the gradient.
         base = optax.chain(
@@ -445,6 +453,7 @@ def gpa_lion(
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
     _check_mask("mask", mask)
+    check_decay(weight_decay)
     base = optax.lion(learning_rate, b1, b2, mu_dtype, weight_decay, mask)
     return gpa(base, mu_x, mu_y, base_params=base_params, state_dtype=state_dtype)
 

@@ -144,6 +144,15 @@ def check_muon(muon: Callable[..., Any]) -> None:
         )
 
 
+def check_decay(weight_decay: Any) -> None:
+    """ImportError for a schedule in Optax 0.2.6, which calls it with count 0 at every update."""
+    if callable(weight_decay) and optax.__version__.startswith("0.2.6"):
+        raise ImportError(
+            "A schedule of weight_decay needs optax 0.2.7 or newer; this is optax "
+            f"{optax.__version__}, which never advances its count. Give a number."
+        )
+
+
 def check_params(params: Any) -> None:
     """TypeError at the first leaf of the params given to `init` that cannot be averaged."""
     for path, leaf in tree_leaves_with_path(params):

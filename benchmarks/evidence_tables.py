@@ -1,26 +1,27 @@
-"""The tables and the figure of the studies in `benchmarks.studies`, from what is stored so far."""
+"""The tables of the studies in `benchmarks.studies`, and the curves of the README's picture, from
+what is stored so far."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.ensemble import Result, mean_final
 from benchmarks.evidence import STORE
 from benchmarks.members import MEMBERS
 from benchmarks.statistics import (
+    Curve,
     Estimate,
     bootstrap,
     estimate,
     exchanged,
     holm,
+    mean_curve,
     prediction_interval,
     signed_saving,
 )
 from benchmarks.store import Store, settled
 from benchmarks.studies import STUDIES, Contrast
-from examples.plots import COLOURS
 
 HEADINGS = (
     "", "", "learning rate", "loss at the end", "less AdamW's", "p, by Holm", "signed saving",
@@ -156,39 +157,14 @@ def brief(store: Store) -> tuple[Sequence[str], list[list[str]]]:
     return headings, lines
 
 
-Curves = dict[str, dict[str, tuple[list[float], list[float], list[float]]]]
-
-
-def curves(store: Store) -> Curves:
-    """Steps, mean held-out loss and its standard error, of AdamW and the one-liners in each
-    condition of the study "blocks"."""
-    found: Curves = {}
+def curves(store: Store) -> dict[str, dict[str, Curve]]:
+    """Of AdamW and the one-liners in each condition of the study "blocks"."""
+    found = {}
     for condition, contrasts in complete("blocks", store):
         runs = {"AdamW, tuned": contrasts[0].baseline}
         runs |= {c.name: c.contender for c in contrasts if c.name in ONE_LINERS}
-        panel = found.setdefault(condition, {})
-        for name, same in runs.items():
-            losses = np.array([run.curve["loss"] for run in same])
-            error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
-            panel[name] = (same[0].curve["step"], losses.mean(axis=0).tolist(), error.tolist())
+        found[condition] = {
+            name: mean_curve(same[0].curve["step"], [run.curve["loss"] for run in same])
+            for name, same in runs.items()
+        }
     return found
-
-
-def figure(found: Curves) -> Figure:
-    """The second half of the runs; a line at the height at which AdamW ends."""
-    drawn = Figure(figsize=(4 * max(len(found), 1.5), 3.4), layout="constrained")
-    drawn.patch.set_facecolor("white")
-    panels = np.atleast_1d(drawn.subplots(1, len(found)))
-    for axes, (condition, lines) in zip(panels, found.items(), strict=True):
-        for colour, (name, (steps, mean, error)) in zip(COLOURS, lines.items(), strict=False):
-            late = np.array(steps) >= steps[-1] / 2
-            x, y, e = (np.array(values)[late] for values in (steps, mean, error))
-            axes.plot(x, y, color=colour, label=name)
-            axes.fill_between(x, y - e, y + e, color=colour, alpha=0.2, linewidth=0)
-            if name == "AdamW, tuned":
-                axes.axhline(y[-1], color=colour, linewidth=0.8, linestyle="--")
-        axes.set(xlabel="Step", title=condition)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("Held-out loss at x (nats per token)")
-    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return drawn

@@ -37,11 +37,13 @@ from benchmarks import (
 from benchmarks.accelerator import tables as accelerator_tables
 from benchmarks.runs import stored
 from benchmarks.statistics import (
+    Curve,
     against_itself,
     bootstrap,
     detectable,
     estimate,
     holm,
+    mean_curve,
     signed_saving,
 )
 from benchmarks.steps_to_target import WORKLOADS, Row, parts, title
@@ -287,41 +289,43 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
     return figure
 
 
-def curves_figure(curves: dict[str, dict[str, tuple[list[float], list[float], list[float]]]]):
-    """Mean validation loss over the second half of the runs, with the standard error."""
-    figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
-    for axes, (workload, contenders) in zip(
-        np.atleast_1d(figure.subplots(len(curves))), curves.items(), strict=True
+def curves_figure(panels: dict[str, dict[str, Curve]]) -> Figure:
+    """Mean held-out loss over the second half of the runs, with the standard error; a line at the
+    height at which the first of a panel ends, the baseline."""
+    figure = Figure(figsize=(4 * max(len(panels), 1.5), 3.4), layout="constrained")
+    figure.patch.set_facecolor("white")
+    for axes, (heading, curves) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
     ):
-        ends = []
-        for contender, (steps, mean, error) in contenders.items():
-            colour = METHOD_COLOURS[parts(contender)[0]]
-            late = np.array(steps) >= steps[-1] / 2
-            x, y, e = (np.array(values)[late] for values in (steps, mean, error))
-            axes.plot(x, y, color=colour, label=short_title(contender))
+        ends, starts = [], []
+        for colour, (label, curve) in zip(COLOURS, curves.items(), strict=False):
+            late = np.array(curve.steps) >= curve.steps[-1] / 2
+            x, y, e = (np.array(values)[late] for values in curve)
+            axes.plot(x, y, color=colour, label=label)
             axes.fill_between(x, y - e, y + e, color=colour, alpha=0.2, linewidth=0)
             ends.append(y[-1])
-            if contender == "adamw":
-                axes.axhline(y[-1], color=colour, linewidth=0.8, linestyle="--")
-                top = y[0]
-        axes.set_ylim(min(ends) - 0.1 * (top - min(ends)), top)
-        axes.set(xlabel="Step", ylabel="Validation loss (nats)", title=TITLES[workload])
+            starts.append(y[0])
+        axes.axhline(ends[0], color=COLOURS[0], linewidth=0.8, linestyle="--")
+        axes.set_ylim(min(ends) - 0.1 * (starts[0] - min(ends)), starts[0])
+        axes.set(xlabel="Step", title=heading)
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("Held-out loss at x (nats)")
     # Outside, where it covers no curve; the contenders are the same in each.
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
-def mean_curves(workload: str, store: Store) -> dict[str, Any]:
-    whole = settled(steps_to_target.finals, workload, store)
-    found = {}
-    for name, runs in (whole or {}).items():
-        if parts(name)[1] == "adamw":
-            losses = np.array([store[run].curve["loss"] for run in runs])
-            error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
-            steps = store[runs[0]].curve["step"]
-            found[name] = (steps, losses.mean(axis=0).tolist(), error.tolist())
-    return found
+def mean_curves(workload: str, store: Store) -> dict[str, Curve]:
+    """Of AdamW and what is around it, in the order of the colours."""
+    whole = settled(steps_to_target.finals, workload, store) or {}
+    names = [name for name in whole if parts(name)[1] == "adamw"]
+    names.sort(key=lambda name: [*METHOD_COLOURS].index(parts(name)[0]))
+    return {
+        short_title(name): mean_curve(
+            store[whole[name][0]].curve["step"], [store[run].curve["loss"] for run in whole[name]]
+        )
+        for name in names
+    }
 
 
 def trials_figure(trials: dict[str, dict[str, list[tuple[float, float]]]]) -> Figure:
@@ -502,16 +506,14 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     """Name, function and numbers of each figure whose results are there."""
     rows = {name: steps_to_target.rows(name, store) for name in WORKLOADS}
     yield "steps-saved", saved_figure, {name: found for name, found in rows.items() if found}
-    for name, draw, numbers in (
-        ("curves", curves_figure, mean_curves),
-        ("trials", trials_figure, all_trials),
-    ):
-        each = {workload: numbers(workload, store) for workload in WORKLOADS}
-        yield name, draw, {workload: found for workload, found in each.items() if found}
+    curves = {TITLES[name]: mean_curves(name, store) for name in WORKLOADS}
+    yield "curves", curves_figure, {heading: found for heading, found in curves.items() if found}
+    trials = {name: all_trials(name, store) for name in WORKLOADS}
+    yield "trials", trials_figure, {name: found for name, found in trials.items() if found}
     runs = settled(ingredients.mu_map, store) or {}
     yield "map", map_figure, [(*point, store[run].loss) for point, run in runs.items()]
     yield "update-cost", cost_figure, on_the_cpu("default")
-    yield "blocks", evidence_tables.figure, evidence_tables.curves(evidence_tables.stored())
+    yield "blocks", curves_figure, evidence_tables.curves(evidence_tables.stored())
     yield "convex", convex.figure, results("convex")
     yield "long-runs", long_runs.figure, results("long_runs")
 

@@ -37,6 +37,21 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), float(low), float(high), float(test.pvalue))
 
 
+class Curve(NamedTuple):
+    """Losses of several runs, averaged over their seeds."""
+
+    steps: list[float]
+    mean: list[float]
+    error: list[float]
+    """The standard error of the mean."""
+
+
+def mean_curve(steps: Sequence[float], losses: ArrayLike) -> Curve:
+    losses = np.asarray(losses)
+    error = losses.std(axis=0, ddof=1) / len(losses) ** 0.5
+    return Curve([*steps], losses.mean(axis=0).tolist(), error.tolist())
+
+
 def prediction_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
     """Where one new value of the same kind lies, such as the gain in a condition not yet tried.
 

@@ -19,7 +19,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +28,7 @@ import jax
 
 import gpa_optax
 from benchmarks import processor
+from examples.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 LOCKS = Path("runs/locks")
@@ -75,7 +75,8 @@ class Store:
                     if self.path_of(self.records[identity]) == path
                 ]
                 if lines:
-                    write_lines(path, lines)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(path, "".join(lines))
 
     def path_of(self, record: Mapping[str, Any]) -> Path:
         named = [path for path in self.paths if path.stem == record.get("workload")]
@@ -98,15 +99,6 @@ class Store:
                 "changed. Give the old default a new name, or store it in each line."
             )
         return result
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """All of them or none, whenever the process may end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.writelines(lines)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 
 def circumstances() -> dict[str, Any]:

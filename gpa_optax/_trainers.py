@@ -92,8 +92,9 @@ def check_step(before: tuple[Any, optax.Params], after: tuple[Any, optax.Params]
 
     What moved the params before the step, such as training on from x, does not show: the step
     itself is right then. A scale that is the same for all leaves does not show in the first update
-    of a run, where x, y and z start from one point. Check a later one, of a learning rate that is
-    not 0.
+    of a run, where x, y and z start from one point, nor where all entries of the params move along
+    one line, as a model of a few params may late in a run. Check an early one after the first, of a
+    learning rate that is not 0.
 
     Args:
       before: the optimizer's state and the params before a step, as for `eval_params`. Copy them

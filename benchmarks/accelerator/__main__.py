@@ -3,7 +3,7 @@ cost, and what it brings.
 
     python -m benchmarks.accelerator --minutes 8
 
-Each part writes a file of results, again after each measurement; what a file in the folder has from
+Each part rewrites its file of results after each measurement; what a file in the folder has from
 the same device, code and versions is not measured again. The parts share the time; what one does
 not need, the next ones have.
 """

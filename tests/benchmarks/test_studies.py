@@ -7,7 +7,8 @@ import pytest
 
 from helpers.needs import needs
 
-needs("scipy")
+needs("scipy", "matplotlib")
+
 from benchmarks import report, steps_to_target, transfer
 from benchmarks.ensemble import evaluations
 from benchmarks.ingredients import VARIANTS, effects

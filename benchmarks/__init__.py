@@ -3,8 +3,11 @@
 import contextlib
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headings, and a line of cells for each row."""
 QUICK = Path("runs/bench")  # where the short forms leave theirs
 
 

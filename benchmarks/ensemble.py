@@ -62,6 +62,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "gpa-muon": {**BASE, **AVERAGE, **GPA, "mu_y": 0.5},
     "ema-adamw": {**BASE, **AVERAGE, "average": "warmed-up"},
     "ema-muon": {**BASE, **AVERAGE, "average": "warmed-up"},
+    "pulled-muon": {**BASE, "pull": 0.006, "mu_x": 0.99, "at": "x"},
     "schedule-free-adamw": {**BASE, "b1": 0.0, "schedule": "constant", "mu_y": 0.9},
     "schedule-free-muon": {**BASE, "schedule": "constant", "mu_y": 0.9},
     "diloco-adamw": {**BASE, "sync_period": 16, "outer_learning_rate": 0.7, "outer_momentum": 0.9},
@@ -213,12 +214,54 @@ def optimizer_of(member: Member, settings: Mapping[str, Any]) -> Optimizer:
     elif around == "schedule-free":
         optimizer = contrib.schedule_free(optimizer, learning_rate, b1=settings["mu_y"])
         evaluated = schedule_free_eval_params
+    elif around == "pulled":
+        optimizer = pulled(
+            optimizer, lambda count: settings["pull"] * relative(count), settings["mu_x"]
+        )
+        evaluated = pulled_average if settings["at"] == "x" else params_themselves
     elif around == "diloco":
         outer = settings["outer_learning_rate"], settings["outer_momentum"]
         optimizer = gpa_optax.single_worker_diloco(optimizer, settings["sync_period"], *outer)
     else:
         evaluated = params_themselves
     return Optimizer(*optax.chain(optax.clip_by_global_norm(1.0), optimizer), evaluated)
+
+
+class PulledState(NamedTuple):
+    count: jax.Array
+    x: optax.Params
+    base: optax.OptState
+
+
+def pulled(
+    base: optax.GradientTransformation, pull: optax.Schedule, mu_x: float
+) -> optax.GradientTransformation:
+    """An EMA from which its params are pushed away, as in EMA-Nesterov.
+
+    z' = z + base_update + pull (z - x), x' = mu_x x + (1 - mu_x) z'; the params are z.
+    """
+
+    def init(params):
+        return PulledState(jnp.zeros((), jnp.int32), params, base.init(params))
+
+    def update(updates, state, params):
+        updates, base_state = base.update(updates, state.base, params)
+        by = pull(state.count)
+        updates = jax.tree.map(lambda u, z, x: u + by * (z - x), updates, params, state.x)
+        new = optax.apply_updates(params, updates)
+        x = jax.tree.map(lambda x, z: x + (1 - mu_x) * (z - x), state.x, new)
+        return updates, PulledState(state.count + 1, x, base_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def pulled_average(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    [state] = [one for one in jax.tree.leaves(opt_state, is_leaf=is_pulled) if is_pulled(one)]
+    return state.x
+
+
+def is_pulled(state: Any) -> bool:
+    return isinstance(state, PulledState)
 
 
 def average(

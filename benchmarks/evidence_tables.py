@@ -1,11 +1,15 @@
-"""The tables of the studies in `benchmarks.studies`, and the curves of the README's picture, from
-what is stored so far."""
+"""The tables and figures of the studies in `benchmarks.studies`, from what is stored so far."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
 
+from benchmarks import Table
 from benchmarks.ensemble import Result, mean_final
 from benchmarks.evidence import STORE
 from benchmarks.members import MEMBERS
@@ -19,9 +23,12 @@ from benchmarks.statistics import (
     mean_curve,
     prediction_interval,
     signed_saving,
+    trend,
 )
 from benchmarks.store import Store, settled
-from benchmarks.studies import STUDIES, Contrast
+from benchmarks.studies import ONE_LINERS, STUDIES, Contrast
+from examples.llama.model import Llama, LlamaConfig
+from examples.plots import COLOURS
 
 HEADINGS = (
     "", "", "learning rate", "loss at the end", "less AdamW's", "p, by Holm", "signed saving",
@@ -57,12 +64,18 @@ def difference(contrast: Contrast) -> Estimate | None:
     return estimate(found) if np.isfinite(found).all() else None
 
 
-def saving(contrast: Contrast) -> Saving:
-    steps = contrast.baseline[0].curve["step"]
+def losses(contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
+    """Of contender and baseline: (seeds, evaluations)."""
     ours, theirs = (
         np.array([run.curve["loss"] for run in runs])
         for runs in (contrast.contender, contrast.baseline)
     )
+    return ours, theirs
+
+
+def saving(contrast: Contrast) -> Saving:
+    steps = contrast.baseline[0].curve["step"]
+    ours, theirs = losses(contrast)
 
     def saved(ours, theirs):
         return signed_saving(steps, ours, theirs)
@@ -71,7 +84,7 @@ def saving(contrast: Contrast) -> Saving:
     return Saving(saved(ours, theirs), *bootstrap(saved, ours, theirs), chance)
 
 
-def table(study: str, store: Store) -> tuple[Sequence[str], list[list[str]]]:
+def table(study: str, store: Store) -> Table:
     """The headings, and a line for each contender, the baseline first, in each condition."""
     lines = []
     for condition, contrasts in complete(study, store):
@@ -100,7 +113,7 @@ def run_cells(runs: Sequence[Result]) -> list[str]:
     return [f"{member.learning_rate:.2g}, warmup {member.warmup:.0%}", f"{mean_final(runs):.4f}"]
 
 
-def tuning(store: Store) -> tuple[Sequence[str], list[list[str]]]:
+def tuning(store: Store) -> Table:
     """What was tried to tune AdamW, the best first, in each workload and length."""
     groups: dict[tuple[int, int], dict[tuple[float, float], list[float]]] = {}
     for result in store:
@@ -135,10 +148,101 @@ def prediction(store: Store) -> str:
     return "\n".join(told or ["Fewer than three conditions are complete."]) + "\n"
 
 
-ONE_LINERS = ("annealed_adamw", "anytime_adamw")
+class Point(NamedTuple):
+    """A condition of the studies "length" and "size"."""
+
+    steps: int
+    parameters: int
+    contrast: Contrast
 
 
-def brief(store: Store) -> tuple[Sequence[str], list[list[str]]]:
+def over_length_and_size(name: str, store: Store) -> list[Point]:
+    """Of one contender, the conditions that are complete."""
+    return [
+        Point(member.steps, count(member.workload.model), contrast)
+        for study in ("length", "size")
+        for _, contrasts in complete(study, store)
+        for contrast in contrasts
+        if contrast.name == name and difference(contrast) is not None
+        for member in [contrast.contender[0].member]
+    ]
+
+
+@functools.cache
+def count(config: LlamaConfig) -> int:
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def trend_text(store: Store) -> str:
+    """How the saving changes with the logarithms of length and size, by least squares."""
+    per = (
+        "at 1,000 steps",
+        "for each doubling of the steps",
+        "for each doubling of the parameters",
+    )
+    told = []
+    for name in ONE_LINERS:
+        points = over_length_and_size(name, store)
+        if len(points) < 3:
+            continue
+        smallest = min(point.parameters for point in points)
+        doublings = np.log2([(p.steps / 1000, p.parameters / smallest) for p in points])
+        features = np.column_stack([np.ones(len(points)), doublings])
+        features = features[:, features.any(axis=0)]  # of one size alone, no term of it
+        # All runs are evaluated after the same parts of their steps.
+        parts = np.divide(points[0].contrast.baseline[0].curve["step"], points[0].steps)
+        saved = functools.partial(signed_saving, parts)
+        found = trend(saved, features, [losses(point.contrast) for point in points])
+        terms = [
+            f"{value:+.1%} ({low:+.1%} to {high:+.1%}) {what}"
+            for (value, low, high), what in zip(found, per, strict=False)
+        ]
+        told.append(
+            f"By a least-squares fit of {len(points)} conditions `{name}` saves {', '.join(terms)}."
+        )
+    return "\n".join(told or ["Fewer than three lengths are complete."]) + "\n"
+
+
+Series = list[tuple[int, Saving]]
+
+
+def over_length(store: Store) -> dict[str, dict[str, Series]]:
+    """What each one-liner saves in runs of each length, by the size of the model."""
+    found: dict[str, dict[str, Series]] = {}
+    for name in ONE_LINERS:
+        for point in over_length_and_size(name, store):
+            size = f"{point.parameters / 1e6:.2g}M parameters"
+            found.setdefault(name, {}).setdefault(size, []).append(
+                (point.steps, saving(point.contrast))
+            )
+    return found
+
+
+def length_figure(panels: dict[str, dict[str, Series]]) -> Figure:
+    """The saving over the length of the run, with 95 % intervals; grey is what chance does."""
+    figure = Figure(figsize=(3.8 * max(len(panels), 1.5), 3.2), layout="constrained")
+    figure.patch.set_facecolor("white")
+    axes_of = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    for axes, (name, sizes) in zip(axes_of, panels.items(), strict=True):
+        lengths = sorted({steps for series in sizes.values() for steps, _ in series})
+        for colour, (size, series) in zip(COLOURS[1:], sizes.items(), strict=False):
+            steps = [steps for steps, _ in series]
+            saved, low, high, chance = 100 * np.array([saving for _, saving in series]).T
+            axes.plot(steps, saved, "o-", color=colour, label=size)
+            axes.vlines(steps, low, high, color=colour)
+            axes.fill_between(steps, -chance, chance, color="0.5", alpha=0.15, linewidth=0)
+        axes.axhline(0, color=COLOURS[0], linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", xlabel="Steps of the run", title=name)
+        axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    axes_of[0].set_ylabel("Steps saved, of tuned AdamW's (%)")
+    axes_of[0].legend(loc="lower left")
+    return figure
+
+
+def brief(store: Store) -> Table:
     """For the README: what the one-liners gain where people copy them, and by chance."""
     lines = []
     for condition, contrasts in complete("blocks", store):

@@ -6,7 +6,7 @@ and of its baseline are pairs: they have the seed, and so initialization and bat
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +128,40 @@ def bootstrap(
     found = [statistic(*(sample[rows] for sample in samples)) for rows in draws]
     low, high = np.quantile(found, [0.5 - level / 2, 0.5 + level / 2])
     return float(low), float(high)
+
+
+def trend(
+    statistic: Callable[[Any, Any], float],
+    features: ArrayLike,
+    samples: Sequence[tuple[ArrayLike, ArrayLike]],
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[tuple[float, float, float]]:
+    """The coefficients of a least-squares fit, each with its percentile interval over seeds.
+
+    Args:
+      statistic: of a contender and its baseline, such as a saving.
+      features: a row for each condition and a column for each coefficient.
+      samples: contender and baseline of each condition, whose seeds are drawn apart.
+    """
+    pairs = [(np.asarray(ours), np.asarray(theirs)) for ours, theirs in samples]
+    random = np.random.default_rng(seed)
+
+    def fitted(drawn: Sequence[tuple[NDArray, NDArray]]) -> NDArray[np.float64]:
+        return np.linalg.lstsq(np.asarray(features, float), [statistic(*pair) for pair in drawn])[0]
+
+    def resampled() -> Iterator[tuple[NDArray, NDArray]]:
+        for ours, theirs in pairs:
+            rows = random.integers(0, len(ours), len(ours))
+            yield ours[rows], theirs[rows]
+
+    found = [fitted([*resampled()]) for _ in range(resamples)]
+    ends = np.quantile(found, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+    return [
+        (float(v), float(low), float(high))
+        for v, low, high in zip(fitted(pairs), *ends, strict=True)
+    ]
 
 
 def against_itself(

@@ -35,6 +35,12 @@ LOCKS = Path("runs/locks")
 COMPILED = Path("runs/compiled")  # the programs of all workers
 
 
+def measured(name: str) -> Any:
+    """What a benchmark that has one file of results measured; None if it was not run yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 class Kind(NamedTuple):
     """What a store holds, and how a line tells it. A run is what is known before it is made."""
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.ensemble import Member, Result, Workload, mean_final
 from benchmarks.store import Missing, Store, results_of, together
+from examples.llama.model import LlamaConfig
 
 TUNING = (1000, 1001)
 FRESH = tuple(range(2000, 2024))
@@ -161,13 +162,16 @@ BLOCK_RUNS = {
 BLOCKS = {"annealed_adamw": annealed, "anytime_adamw": anytime, "gpa(optax.adamw)": as_typed_first}
 
 
+ONE_LINERS = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
+
+
 def against_tuned_adamw(
-    run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store
+    run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store, seeds: int = 8
 ) -> list[Contrast]:
     """Forms that are made of AdamW's setting and have no search of their own."""
     base = tuned_adamw(store, run, refine=run.steps <= 2000)
     settings = [base, *(form(base) for form in forms.values())]
-    return contrasts(forms, found_all(store, run, settings, FRESH[:8]))
+    return contrasts(forms, found_all(store, run, settings, FRESH[:seeds]))
 
 
 def found_all(
@@ -223,8 +227,8 @@ def centre(name: str, adamws: float) -> float:
     return 2 * adamws if name in BLOCKS else adamws
 
 
-# Length: fresh data, one size of model, 1,000 to 8,000 steps.
-LENGTHS = (1000, 2000, 4000, 8000)
+# Length: fresh data, one size of model, 1,000 to 8,000 steps, and how many seeds of each.
+LENGTHS = {1000: 8, 2000: 8, 4000: 8, 8000: 4}
 # These have a search of their own, where the one-liners have none.
 RIVALS: dict[str, Form] = {
     "paper": ("gpa-adamw", PAPER),
@@ -233,13 +237,12 @@ RIVALS: dict[str, Form] = {
 }
 
 
-def over_length(steps: int, store: Store) -> list[Contrast]:
+def rivals_over_length(steps: int, store: Store) -> list[Contrast]:
     run = Run(steps)
     base = tuned_adamw(store, run, refine=steps <= 2000)
     settings = tuned_forms(store, run, RIVALS, doubled(base))
-    named = {"annealed_adamw": annealed(base), "anytime_adamw": anytime(base), **settings}
-    seeds = FRESH[: 8 if steps < 8000 else 4]
-    return contrasts(named, found_all(store, run, [base, *named.values()], seeds))
+    seeds = FRESH[: LENGTHS[steps]]
+    return contrasts(settings, found_all(store, run, [base, *settings.values()], seeds))
 
 
 def doubled(base: Setting) -> tuple[float, float]:
@@ -330,7 +333,7 @@ def confirmed(store: Store) -> list[Contrast]:
     return contrasts(named, found_all(store, run, [annealed(base), *named.values()], CONFIRMING))
 
 
-# Around Muon, with momentum 0.9.
+# Around Muon, with momentum 0.9. The pull is that of EMA-Nesterov, evaluated at both places.
 MUON: dict[str, Form] = {
     **{
         f"constant, Schedule-Free's average, mu_y {mu_y}": (
@@ -340,6 +343,7 @@ MUON: dict[str, Form] = {
     },
     **{f"annealed, mu_y {mu_y}": ("gpa-muon", {"mu_y": mu_y}) for mu_y in (0.3, 0.5, 0.7)},
     "EMA, window of 2 %": ("ema-muon", {"window": 0.02}),
+    **{f"EMA-Nesterov's pull, at {at}": ("pulled-muon", {"at": at}) for at in ("z", "x")},
 }  # fmt: skip
 
 
@@ -363,23 +367,41 @@ def papers_setting(store: Store) -> list[Contrast]:
     return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:4]))
 
 
+# Size: 20 tokens a parameter, as the paper trains.
+SIZES = {
+    "0.25M parameters": (Run(2400, Workload(LlamaConfig(
+        512, dim=96, layers=2, heads=3, kv_heads=1, hidden=256, unroll=2
+    ))), ONE_LINERS, 8),
+    "1M parameters": (Run(9500, Workload(LlamaConfig(
+        512, dim=128, layers=5, heads=4, kv_heads=2, hidden=344, unroll=5
+    ))), {"annealed_adamw": annealed}, 3),
+}  # fmt: skip
+
+
 def steps_of(batch: int, steps: int) -> str:
     return f"{steps:,} steps of {batch}"
 
 
-TRANSFERRED = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
 STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     "blocks": {
         name: functools.partial(against_tuned_adamw, run, BLOCKS)
         for name, run in BLOCK_RUNS.items()
     },
+    "length": {
+        f"{steps:,} steps": functools.partial(
+            against_tuned_adamw, Run(steps), ONE_LINERS, seeds=seeds
+        )
+        for steps, seeds in LENGTHS.items()
+    },
     "map": {
         steps_of(batch, steps): functools.partial(cell_of_the_map, batch, steps)
         for batch, steps in sorted(MAP, key=math.prod)
     },
-    "length": {f"{steps:,} steps": functools.partial(over_length, steps) for steps in LENGTHS},
+    "rivals": {
+        f"{steps:,} steps": functools.partial(rivals_over_length, steps) for steps in LENGTHS
+    },
     "transfer": {
-        name: functools.partial(against_tuned_adamw, run, TRANSFERRED)
+        name: functools.partial(against_tuned_adamw, run, ONE_LINERS)
         for name, run in CONDITIONS.items()
     },
     "screen": {
@@ -388,6 +410,12 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         "4,000 steps, confirmed": confirmed,
     },
     "muon": {"1,000 steps": around_muon},
+    "size": {
+        f"{name}, {run.steps:,} steps": functools.partial(
+            against_tuned_adamw, run, forms, seeds=seeds
+        )
+        for name, (run, forms, seeds) in SIZES.items()
+    },
     "paper": {"8,000 steps": papers_setting},
 }
 """The conditions of each, in the order of their worth."""

@@ -134,10 +134,34 @@ def test_the_screen_has_late_averages_and_a_growing_mu_y(name):
         assert float(opt_state[1].last_mu_y) == pytest.approx(mu_y, abs=1e-6)
 
 
+@NEEDS_MUON
+@pytest.mark.parametrize("at", ["x", "z"])
+def test_the_pull_pushes_the_params_away_from_their_average(at):
+    run = member("pulled-muon", 20, 0, 3e-2, warmup=0.2, knobs={"at": at, "pull": 0.1, "mu_x": 0.8})
+    alone = member("muon", 20, 0, 3e-2, warmup=0.2)
+    rng = np.random.default_rng(0)
+    z = x = {"bias": jnp.asarray(rng.normal(size=6), jnp.float32)}  # no matrix, so AdamW
+    optimizer, base = (ensemble.optimizer_of(one, one.settings) for one in (run, alone))
+    params, opt_state, base_state = z, optimizer.init(z), base.init(z)
+    for k in range(20):
+        gradient = {"bias": jnp.asarray(rng.normal(size=6), jnp.float32)}
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        step, base_state = base.update(gradient, base_state, z)
+        pull = 0.1 * min(k / 4, (20 - k) / 16)  # as the learning rate
+        z = jax.tree.map(lambda z, s, x, pull=pull: z + s + pull * (z - x), z, step, x)
+        x = jax.tree.map(lambda x, z: 0.8 * x + 0.2 * z, x, z)
+        np.testing.assert_allclose(params["bias"], z["bias"], atol=2e-6)
+        evaluated = optimizer.eval_params(opt_state, params)["bias"]
+        np.testing.assert_allclose(evaluated, (x if at == "x" else z)["bias"], atol=2e-6)
+    assert float(jnp.abs(x["bias"] - z["bias"]).max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("name", "knobs"),
     [
         ("annealed", {}),
+        pytest.param("pulled-muon", {}, marks=NEEDS_MUON),
         pytest.param("gpa-muon", {}, marks=NEEDS_MUON),
         studies.SCREEN["AMUSE's mu_y"],
     ],

@@ -4,6 +4,10 @@ import math
 
 import pytest
 
+from helpers.needs import needs
+
+needs("scipy", "matplotlib", "flax")
+
 from benchmarks import evidence_tables, studies
 from benchmarks.ensemble import Member, Result
 from benchmarks.evidence import STORE
@@ -161,3 +165,40 @@ def test_a_prediction_takes_three_conditions():
     for condition in STUDIES["transfer"].values():
         results.finish(condition)
     assert "`annealed_adamw` is predicted to save" in evidence_tables.prediction(results)
+
+
+def savings_of(share):
+    """Results whose one-liners are at AdamW's last loss after `1 - share(steps)` of the run."""
+    results = Imagined(bowl(8e-3))
+
+    def make(members):
+        for m in members:
+            saved = share(m.steps) if m.optimizer in ("annealed", "anytime") else 0.0
+            steps = [round(part * m.steps) for part in (0.5, 0.6, 0.7, 0.8, 0.9, 1)]
+            losses = [4 - (step / m.steps + saved) + 1e-4 * m.seed for step in steps]
+            results[m] = Result(m, {"step": steps, "loss": losses}, losses[-1], 0.0)
+
+    results.make = make
+    return results
+
+
+def test_the_saving_over_length_is_fitted_and_drawn():
+    results = savings_of(lambda steps: 0.2 - 0.03 * math.log2(steps / 1000))
+    assert evidence_tables.over_length(results) == {}
+    assert evidence_tables.trend_text(results).startswith("Fewer than three")
+    for condition in STUDIES["length"].values():
+        results.finish(condition)
+    assert "+20.0% (+20.0% to +20.0%) at 1,000 steps" in evidence_tables.trend_text(results)
+    assert "-3.0% (-3.0% to -3.0%) for each doubling of the steps" in evidence_tables.trend_text(
+        results
+    )
+    assert "parameters" not in evidence_tables.trend_text(results)
+    results.finish(STUDIES["size"]["0.25M parameters, 2,400 steps"])
+    assert "for each doubling of the parameters" in evidence_tables.trend_text(results)
+    found = evidence_tables.over_length(results)
+    [(name, sizes), _] = found.items()
+    assert name == "annealed_adamw"
+    assert [*sizes] == ["0.13M parameters", "0.25M parameters"]
+    assert [steps for steps, _ in sizes["0.13M parameters"]] == [1000, 2000, 4000, 8000]
+    figure = evidence_tables.length_figure(found)
+    assert [axes.get_title() for axes in figure.axes] == ["annealed_adamw", "anytime_adamw"]

@@ -18,6 +18,7 @@ from benchmarks.statistics import (
     prediction_interval,
     signed_saving,
     step_at,
+    trend,
 )
 
 STEPS = np.arange(0, 1001, 50)[1:]
@@ -121,6 +122,25 @@ def test_exchanging_pairs_uses_what_they_share_and_its_p_value_is_uniform(rng):
     assert p_value(saving(one, other), null) == 2 / 64
     many = runs(rng, seeds=24)
     assert len(exchanged(saving, many, many + 0.01 * rng.normal(size=(24, 1)), resamples=50)) == 50
+
+
+def test_a_trend_is_found_with_its_uncertainty(rng):
+    """Savings of 20 % less 4 % for each doubling, with seeds that differ."""
+    features = [(1, k) for k in range(4)]
+
+    def sample():
+        return [(0.2 - 0.04 * k + 0.01 * rng.normal(size=8), np.zeros(8)) for k in range(4)]
+
+    inside, widths = [], []
+    for _ in range(100):
+        found = trend(lambda a, b: a.mean() - b.mean(), features, sample(), resamples=200)
+        inside.append(
+            [low < true < high for (_, low, high), true in zip(found, (0.2, -0.04), strict=True)]
+        )
+        widths.append(found[1][2] - found[1][1])
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.07)  # of few seeds somewhat too short
+    # The slope's standard error is the noise of a mean over the root of the sum of squares.
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * 0.01 / 8**0.5 / 5**0.5, rel=0.15)
 
 
 def test_holm_by_hand():

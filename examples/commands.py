@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from examples.workload import Data
 absl.logging.set_verbosity(absl.logging.FATAL)
 
 
+# How XLA's errors begin. Of a failed collective some calls of JAX make a ValueError.
+XLA_STATUS = re.compile(r"[A-Z_]+: ")
 Command = Callable[[Sequence[str], Console], int]
 
 
@@ -135,10 +138,13 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
     try:
         return command(sys.argv[1:] if arguments is None else list(arguments), console)
     except (ValueError, OSError, FloatingPointError) as error:
-        who = f"Process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
+        told, status = str(error), 3 if isinstance(error, FloatingPointError) else 2
+        if jax.distributed.is_initialized():
+            told = f"Process {jax.process_index()}: {told}"
+            if XLA_STATUS.match(str(error)):
+                told, status = f"{told} Another process of the run may be gone.", 1
         # Not the command's console, which is quiet in all processes but one.
-        say(Console(stderr=True, style="red"), f"{who}{error}")
-        status = 3 if isinstance(error, FloatingPointError) else 2
+        say(Console(stderr=True, style="red"), told)
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
         status = 130

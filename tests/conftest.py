@@ -47,6 +47,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NEEDS_MUON)
 
 
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """The trainer's programs take seconds to optimize and less to run, so its tests do without,
+    unless the environment says otherwise. Those that start processes test optimized programs."""
+    trainer = request.path.parent.name in ("examples", "benchmarks")
+    if (
+        not trainer
+        or request.node.get_closest_marker("processes")
+        or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
+    ):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test."""

@@ -477,6 +477,7 @@ def processes(config, count, tmp_path, *flags):
     return History.read(folder), outputs
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_run_of_one(tmp_path):
     config = llama(tmp_path)
     one, _ = processes(config, 1, tmp_path)

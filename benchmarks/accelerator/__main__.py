@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks import QUICK
-from benchmarks.accelerator.worker import PARTS, work
+from benchmarks.accelerator.worker import NO_GPU, PARTS, work
 from benchmarks.corpus import FOLDER as FOLDER_OF_TEXT
 
 FOLDER = Path("benchmarks/results/accelerator")
@@ -43,6 +43,8 @@ def main() -> int:
         )
         process.start()
         process.join(max(0.0, deadline - time.time()) + GRACE)
+        if process.exitcode == NO_GPU:  # the other parts would find none, too
+            return NO_GPU
         if process.is_alive():
             process.kill()
             process.join()

@@ -1,6 +1,7 @@
 """One part in a process of its own, so that it has the device's memory to itself, and a part that
 fails, or does not end, costs no other one."""
 
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ from benchmarks.accelerator import gain, right, step, timing, update
 from benchmarks.accelerator.plan import Conditions, LeftOut, peaks_of
 from benchmarks.accelerator.results import Bar, Results, device
 
+NO_GPU = 2  # the exit status
 PARTS: dict[str, ModuleType] = {"right": right, "update": update, "step": step, "gain": gain}
 
 
@@ -18,7 +20,8 @@ def work(
 ) -> None:
     """Makes the measurements of a part that its file does not have yet.
 
-    Ends the process with status 1 if the device computes something wrong, or a measurement fails.
+    Ends the process with status 1 if the device computes something wrong, or a measurement fails,
+    and with `NO_GPU` if there is none.
 
     Args:
       corpus: the folder that benchmarks.corpus made.
@@ -29,7 +32,8 @@ def work(
     results, where = Results(folder, name, quick, again), device()
     gpu = where["platform"] != "cpu"
     if not gpu and not quick:
-        raise SystemExit("JAX sees no GPU here. --quick rehearses all of it on a CPU.")
+        print("JAX sees no GPU here. --quick rehearses all of it on a CPU.", file=sys.stderr)
+        raise SystemExit(NO_GPU)
 
     def say(text: str) -> None:
         for line in text.splitlines():

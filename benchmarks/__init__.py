@@ -1,4 +1,4 @@
-"""Measurements behind what the documentation says; their results lie in `results/`."""
+"""Measurements behind what the documentation says; their results are in `results/`."""
 
 import contextlib
 import platform
@@ -8,11 +8,11 @@ from pathlib import Path
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Headings, and a line of cells for each row."""
-QUICK = Path("runs/bench")  # where the short forms leave theirs
+QUICK = Path("runs/bench")  # where the short forms write their results
 
 
 def quick_file(file: Path, default: Path) -> Path:
-    """Where a short form writes: never over results that are kept, unless that was asked for."""
+    """Where a short form writes: never over the stored results, unless that was asked for."""
     return QUICK / file.name if file == default else file
 
 

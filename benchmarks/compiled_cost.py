@@ -48,7 +48,7 @@ class Config:
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Precisions of params and gradients. GPA keeps a float32 copy of bfloat16 params."""
     only: tuple[str, ...] = ()
-    """Optimizers to compile, such as "gpa(adamw)"; what the file has of others is kept. Default:
+    """Optimizers to compile, such as "gpa(adamw)"; the file's results for others are kept. Default:
     all."""
     quick: bool = False
     """The short form: the first two targets, if their compilers are installed; the preset tiny."""
@@ -99,7 +99,7 @@ def main() -> int:
             console.print(f"Left out. {error}", highlight=False, markup=False)
             continue
         for dtype in flags.dtypes:
-            # Compilers for TPUs take minutes for Muon's products: once will do.
+            # Compilers for TPUs take minutes for Muon's products: one dtype is enough.
             muon = updates_of_muon() if dtype == "float32" else {}
             for optimizer, update in (updates_of_adamw() | muon).items():
                 row = {"target": name, "dtype": dtype, "optimizer": optimizer}

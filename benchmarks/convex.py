@@ -54,7 +54,7 @@ class Config:
     tuning_seeds: int = 6
     """Seeds on which the learning rates are chosen."""
     seeds: int = 12
-    """Seeds of the results, others than those."""
+    """Seeds of the results, different from those."""
     batch_size: int = 8
     """Samples of a gradient, drawn with replacement."""
     quick: bool = False
@@ -117,7 +117,7 @@ class Problem:
     """Weights -> F - F*."""
 
     def scales(self) -> dict[str, float]:
-        """What the theory's learning rate, D / (G sqrt(T)), is made of."""
+        """What the theory's learning rate, D / (G sqrt(T)), is computed from."""
         start = jnp.zeros_like(self.minimizer)
         grads = jax.vmap(lambda key: jax.grad(self.loss)(start, self.sample(key)))(
             jax.random.split(jax.random.key(1), 4096)
@@ -293,7 +293,7 @@ def rounded(values: np.ndarray) -> list[list[float | None]]:
 
 
 def digits(values: Iterable[float]) -> list[float]:
-    """Five of them, so that the file is short."""
+    """The values with five digits, so that the file is short."""
     return [float(f"{value:.5g}") for value in values]
 
 
@@ -313,7 +313,7 @@ def ratios(gaps: list, base: list) -> list[list[float] | None]:
 
 
 def slope(gaps: list, horizons: list[int]) -> list[float] | None:
-    """Of the gap over T on log axes: fitted for each seed, then mean and interval."""
+    """Slope of the gap over T on log axes: fitted for each seed, then mean and interval."""
     if any(None in row for row in gaps):
         return None
     return digits(interval(np.polyfit(np.log(horizons), np.log(gaps), 1)[0]))

@@ -42,10 +42,10 @@ from examples.optimizers import (
 from examples.settings import Base
 from gpa_optax import averaging
 
-HELD_OUT = 4096  # windows at the end of a run
-ON_THE_WAY = 512  # and before
-PART = 32  # that are evaluated at a time; on a CPU 64 take a sixth longer
-# What each optimizer may be given beside learning rate, warmup and weight decay, and its defaults.
+HELD_OUT = 4096  # windows to evaluate on at the end of a run
+ON_THE_WAY = 512  # windows to evaluate on before the end
+PART = 32  # windows that are evaluated at a time; on a CPU 64 take a sixth longer
+# The knobs of each optimizer besides learning rate, warmup and weight decay, and their defaults.
 BASE = {"b1": 0.9, "b2": 0.95, "schedule": "linear", "decay": 0.2, "final": 0.0}
 AVERAGE = {
     "average": "annealed", "window": 0.05, "mu_x": None,
@@ -67,7 +67,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "schedule-free-muon": {**BASE, "schedule": "constant", "mu_y": 0.9},
     "diloco-adamw": {**BASE, "sync_period": 16, "outer_learning_rate": 0.7, "outer_momentum": 0.9},
 }
-# Numbers that members which run the same program may differ in.
+# Numbers in which members that run the same program may differ.
 TRACED = ("learning_rate", "weight_decay", "mu_y", "final", "outer_learning_rate")
 
 
@@ -117,7 +117,7 @@ class Member:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that the optimizer is made of."""
+        """All hyperparameters that the optimizer is built from."""
         rates = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         return {**OPTIMIZERS[self.optimizer], **dict(self.knobs), **rates}
 
@@ -126,8 +126,8 @@ class Member:
         return round(self.warmup * self.steps)
 
     def changes(self) -> dict[str, Any]:
-        """What is not default, as JSON has it; `optimizer`, `steps`, `seed` and `learning_rate`
-        have no defaults."""
+        """What differs from the defaults, as JSON values; `optimizer`, `steps`, `seed` and
+        `learning_rate` have no defaults."""
         changed = different(dataclasses.asdict(self), dataclasses.asdict(Member("adamw", 0, 0, 0)))
         required = {k: getattr(self, k) for k in ("optimizer", "steps", "seed", "learning_rate")}
         knobs = {"knobs": dict(self.knobs)} if self.knobs else {}
@@ -135,7 +135,7 @@ class Member:
 
     @property
     def identity(self) -> str:
-        """Of two members with equal identities, one is enough."""
+        """Members with equal identities are the same run."""
         text = json.dumps(self.changes(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -150,11 +150,11 @@ def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What became of a member."""
+    """The outcome of a member's run."""
 
     member: Member
     curve: Mapping[str, list[float]]
-    """Steps, and the held-out loss (nats a token) at x after them; also at y if that was asked."""
+    """Steps, and the held-out loss (nats per token) at x after them; also at y if requested."""
     final: float
     """The loss at the end, on more windows; infinite if the member diverged."""
     seconds: float
@@ -181,7 +181,7 @@ def shape(member: Member, settings: Mapping[str, Any]) -> optax.Schedule:
 
 
 def optimizer_of(member: Member, settings: Mapping[str, Any]) -> Optimizer:
-    """The optimizer behind gradient clipping, and how to get the weights to evaluate.
+    """The optimizer with gradient clipping before it, and how to get the weights to evaluate.
 
     Of the `settings`, those in `TRACED` may be traced.
     """
@@ -286,7 +286,7 @@ def average(
 
 
 def momentum(member: Member, settings: Mapping[str, Any]) -> optax.ScalarOrSchedule:
-    """mu_y, which grows from `mu_y` as in docs/averages.md, or stays there."""
+    """mu_y: it grows from the setting `mu_y` as in docs/averages.md, or stays there."""
     mu_y = settings["mu_y"]
 
     def amuse(count):  # from the end of the warmup on, with a rho of 0.8
@@ -311,14 +311,14 @@ class Program(NamedTuple):
 
 
 def structure(member: Member) -> Member:
-    """The same for all members that run the same program."""
+    """A member that stands for all members that run the same program."""
     static = {name: value for name, value in member.knobs if name not in TRACED}
     return dataclasses.replace(member, seed=0, learning_rate=1.0, weight_decay=0.1, knobs=static)
 
 
 @functools.lru_cache(maxsize=16)
 def program(like: Member, together: bool, at_y: bool) -> Program:
-    """For all members of a structure."""
+    """The program of all members whose structure is `like`."""
     config, length = like.workload.model, like.workload.length
     graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
 
@@ -378,12 +378,12 @@ def starts(member: Member, count: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def shuffled(seed: int, count: int) -> np.ndarray:
-    """The order of so many windows; the members of a group have few seeds, each many times."""
+    """The order of `count` windows. Cached, because members of a group share few seeds."""
     return np.random.default_rng(seed).permutation(count).astype(np.int32)
 
 
 def held_out_windows(workload: Workload, tokens: np.ndarray) -> np.ndarray:
-    """The same ones for all members: (parts, windows of a part, length + 1)."""
+    """The held-out windows, the same for all members: (parts, windows of a part, length + 1)."""
     length = workload.length
     there = (len(tokens) - 1) // length
     count = min(HELD_OUT, there // PART * PART)
@@ -398,7 +398,7 @@ def held_out_windows(workload: Workload, tokens: np.ndarray) -> np.ndarray:
 
 
 def evaluations(steps: int) -> list[int]:
-    """After which steps: rarely in the first half, every 2 % of the run in the second."""
+    """The steps after which to evaluate: few in the first half, every 2 % of the run after it."""
     percents = [*range(10, 50, 10), *range(50, 101, 2)]
     return sorted({round(percent * steps / 100) for percent in percents} - {0})
 

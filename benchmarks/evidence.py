@@ -1,12 +1,12 @@
-"""Resumes the studies of `benchmarks.studies`, in the order of their worth.
+"""Resumes the studies of `benchmarks.studies`, the most important first.
 
 python -m benchmarks.evidence                      # all of them, for many hours
 
 python -m benchmarks.evidence blocks length --workers 1
 
-Each run is stored in benchmarks/results/evidence as it ends, and made once. A study that is stopped
-resumes where it was. It needs the corpus (`python -m benchmarks.corpus`); runs on a corpus that is
-not there are left out, and told.
+Each run is made once, and is stored in benchmarks/results/evidence when it ends. A study that was
+stopped resumes where it was. The studies need the corpus (`python -m benchmarks.corpus`); runs on a
+corpus that is not there are left out and listed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STORE = RESULTS / "evidence" / "llama.jsonl"
 
 
 def next_members(store: Store, names: list[str], folder: Path) -> list[Member]:
-    """Those whose corpus is there; tells of the others."""
+    """The runs to make next whose corpus is there; prints which corpora are missing."""
     members = missing(store, names)
     made, lacking = [], set()
     for member in members:

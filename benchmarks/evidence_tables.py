@@ -51,21 +51,21 @@ class Saving(NamedTuple):
 
 
 def complete(study: str, store: Store) -> Iterator[tuple[str, list[Contrast]]]:
-    """The conditions of a study all of whose runs are there."""
+    """The conditions of a study whose runs are all stored."""
     for name, condition in STUDIES[study].items():
         if (contrasts := settled(condition, store)) is not None:
             yield name, contrasts
 
 
 def difference(contrast: Contrast) -> Estimate | None:
-    """Of the losses at the end, paired by seed; None if a run diverged."""
+    """The difference of the losses at the end, paired by seed; None if a run diverged."""
     pairs = zip(contrast.contender, contrast.baseline, strict=True)
     found = [ours.final - theirs.final for ours, theirs in pairs]
     return estimate(found) if np.isfinite(found).all() else None
 
 
 def losses(contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
-    """Of contender and baseline: (seeds, evaluations)."""
+    """The losses of contender and baseline, each (seeds, evaluations)."""
     ours, theirs = (
         np.array([run.curve["loss"] for run in runs])
         for runs in (contrast.contender, contrast.baseline)
@@ -132,7 +132,7 @@ def tuning(store: Store) -> Table:
 
 
 def prediction(store: Store) -> str:
-    """Of the gain of each form that is not tuned in a condition that nobody has tried."""
+    """Predicts the gain of each untuned form in a condition that was not tried."""
     gains: dict[str, list[float]] = {}
     for _, contrasts in complete("transfer", store):
         for contrast in contrasts:
@@ -189,7 +189,7 @@ def trend_text(store: Store) -> str:
         smallest = min(point.parameters for point in points)
         doublings = np.log2([(p.steps / 1000, p.parameters / smallest) for p in points])
         features = np.column_stack([np.ones(len(points)), doublings])
-        features = features[:, features.any(axis=0)]  # of one size alone, no term of it
+        features = features[:, features.any(axis=0)]  # with one size there is no term for it
         # All runs are evaluated after the same parts of their steps.
         parts = np.divide(points[0].contrast.baseline[0].curve["step"], points[0].steps)
         saved = functools.partial(signed_saving, parts)

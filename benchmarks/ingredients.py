@@ -1,4 +1,4 @@
-"""What each ingredient of GPA's recipe brings, apart from the others, on the workload `text`.
+"""What each ingredient of GPA's recipe contributes by itself, on the workload `text`.
 
 python -m benchmarks.ingredients                # resumes all of it, for hours
 
@@ -6,7 +6,7 @@ python -m benchmarks.ingredients map
 
 * **ingredients**: GPA at its setting of `benchmarks.steps_to_target`, with one or two things
   changed, on four seeds of that study's finals, so that the runs of one seed are pairs. One variant
-  changes nothing that matters, and so tells what the noise of the measurement is.
+  changes nothing that matters, and so shows the noise of the measurement.
 * **map**: the loss at the end over mu_x and mu_y, with the same base and a constant learning rate,
   where averaging alone decides what is left of the noise; one seed.
 """
@@ -39,7 +39,7 @@ SEEDS = range(4)
 ANNEALED = {"average": "annealed", "window": 0.05}
 # GPA's setting: a constant learning rate after a long warmup, Schedule-Free's average, b1=0 and
 # mu_y=0.9, decay at z. Each variant: a multiple of its learning rate (None: AdamW's), and what else
-# differs. Where the learning rate decays its peak is half as high, nearer to what is best there.
+# differs. Where the learning rate decays its peak is half as high, nearer to what is best then.
 VARIANTS: dict[str, tuple[float | None, dict[str, Any]]] = {
     "learning rate higher by 0.1 % (noise)": (1.001, {}),
     "half the learning rate": (0.5, {}),
@@ -87,7 +87,8 @@ def ingredients(store: Store, seeds: Sequence[int] = SEEDS) -> dict[str, list[On
 
 
 def mu_map(store: Store) -> dict[tuple[float | None, float], OneRun]:
-    """A run for each (window in steps, mu_y); None is Schedule-Free's average, 1 the base alone."""
+    """A run for each (window in steps, mu_y). A window of None is Schedule-Free's average; a window
+    of 1 is the base alone."""
     settings = gpa_settings(store)
     constant = dataclasses.replace(settings, schedule="constant", average="warmed-up")
     runs = {

@@ -1,4 +1,4 @@
-"""The kernels of a compiled program: read from its text (HLO), and from a profile of it at work."""
+"""The kernels of a compiled program: read from its text (HLO), and from a profile of a run."""
 
 import re
 import tempfile
@@ -31,11 +31,11 @@ class Kernels(NamedTuple):
 
 
 def kernels(hlo: str, choose: Callable = min) -> Kernels:
-    """The kernels of an optimized HLO module, those in a loop as often as it turns.
+    """The kernels of an optimized HLO module, those in a loop as often as it iterates.
 
     Args:
       hlo: `jax.stages.Compiled.as_text()`.
-      choose: picks the branch of a condition that counts, `min` or `max` by bytes.
+      choose: picks the branch of a conditional that counts, `min` or `max` by bytes.
     """
     computations, entry = read(hlo)
 
@@ -64,7 +64,7 @@ def kernel(computation: Computation, instruction: Any) -> Kernels:
 
 
 def in_place(hlo: str) -> float:
-    """The share of the results' bytes that take the place of an argument."""
+    """The share of the results' bytes that overwrite an argument."""
     header = hlo.splitlines()[0]
     computations, entry = read(hlo)
     results = [array_bytes(found[0]) for found in ARRAY.finditer(computations[entry].root.shape)]
@@ -85,7 +85,7 @@ class Ran(NamedTuple):
 
 
 def profiled(run: Callable[[], None]) -> list[Ran]:
-    """What the device executes while `run` runs, which must wait for it to end.
+    """What the device executes during `run`, which must return only when that has ended.
 
     XLA runs no command buffers (CUDA graphs) under the profiler, so that each kernel is seen.
     """
@@ -115,7 +115,7 @@ def profiled(run: Callable[[], None]) -> list[Ran]:
 
 
 def kernels_that_ran(ran: list[Ran], hlo: str) -> int:
-    """Those that belong to an instruction that reads or writes arrays, as `kernels` counts."""
+    """The number of those whose instruction reads or writes arrays, as `kernels` counts."""
     computations, _ = read(hlo)
     names = {
         name

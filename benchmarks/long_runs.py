@@ -1,7 +1,7 @@
 """How far rounding carries x, y and z in a million updates: python -m benchmarks.long_runs
 
 GPA stores x and y and recovers z = x + (y - x) / (1 - mu_y), which amplifies the rounding of x and
-y by about 1 / (1 - mu_y). Each step adds such an error to z, which is a sum of steps. Measured is
+y by about 1 / (1 - mu_y). Each step adds such an error to z, which is a sum of steps. This measures
 the distance to the float64 oracle (oracle.py), which keeps x, y and z apart, for float32, float64
 and bfloat16 params, in two settings:
 
@@ -10,9 +10,8 @@ and bfloat16 params, in two settings:
 * "feedback": gradients are those of a quadratic at y, with the same noise for both. The curvature
   pulls errors back, as the loss does in training.
 
-Weights are around 1 and a step is about 1/1000 of that, numbers of a real run. Writes
-benchmarks/results/long_runs.json,
-from which the table and the figure are made.
+Weights are around 1 and a step is about 1/1000 of that, as in a real run. Writes
+benchmarks/results/long_runs.json, from which the table and the figure are made.
 """
 
 import dataclasses
@@ -82,7 +81,8 @@ class Problem:
 
 
 def quadratic(steps: int, weights: int) -> Problem:
-    """Numbers that float32 holds exactly, and bfloat16 the start: all begin at the same ones."""
+    """A problem whose numbers are exact in float32, and whose start is exact in bfloat16 too, so
+    that runs of all dtypes start at the same point."""
     rng = np.random.default_rng(0)
     minimizer = rng.choice([-1, 1], weights) * rng.integers(32, 128, weights) / 64
     noise = rng.integers(-1024, 1025, (steps, weights)) * (NOISE / 1024)
@@ -95,7 +95,7 @@ def quadratic(steps: int, weights: int) -> Problem:
 
 
 def given(steps: int, weights: int) -> Problem:
-    """The same weights, with gradients that depend on nothing: normal noise, of all digits."""
+    """The same weights, with gradients that depend on nothing: normal noise, with all digits."""
     noise = NOISE * np.random.default_rng(1).standard_normal((steps, weights), np.float32)
     flat = np.zeros(weights, np.float32)
     return dataclasses.replace(quadratic(1, weights), curvature=flat, noise=noise)
@@ -124,7 +124,7 @@ def oracle_run(problem: Problem, mu_x: Any, when: Sequence[int]) -> np.ndarray:
 
 
 def library_run(problem: Problem, mu_x: Any, when: Sequence[int], dtype: str) -> np.ndarray:
-    """The same of the library, as float64."""
+    """The same for the library, converted to float64."""
 
     def optimizer(mu_y):
         return gpa(optax.sgd(LEARNING_RATE), mu_x, mu_y)
@@ -184,7 +184,7 @@ def rms(values: np.ndarray) -> np.ndarray:
     return np.sqrt(np.mean(values**2, axis=-1))
 
 
-# Setting, mu_x, dtype, sequence: what the table tells of each mu_y.
+# Setting, mu_x, dtype, sequence: the columns of the table, which has a line for each mu_y.
 COLUMNS = (
     ("feedback", "0.9967", "float32", "y"),
     ("feedback", "0.9967", "float32", "z"),

@@ -1,4 +1,4 @@
-"""The runs of `benchmarks.ensemble` as a store holds them."""
+"""The runs of `benchmarks.ensemble` as records of a store."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ MEMBERS = Kind(operator.attrgetter("identity"), record_of, in_record, told)
 
 
 def train_member(member: Member, folder: Path, at_y: bool = False) -> Result:
-    """What a worker does to a member."""
+    """Trains a member, as a worker does."""
     workload = member.workload
     [result] = train([member], tokens(folder, workload.text, workload.model.vocab_size), at_y)
     return result

@@ -61,7 +61,7 @@ class Oracle:
 
 
 def two_loop_diloco(params, gradient, base, lr, sync_period, outer_lr, outer_momentum, rounds):
-    """DiLoCo with one worker, written as the two loops of its paper; yields (slow, fast) a step."""
+    """DiLoCo with one worker, as the two loops of its paper; yields (slow, fast) per step."""
     slow = {name: np.array(p, np.float64) for name, p in params.items()}
     velocity = {name: np.zeros_like(p) for name, p in slow.items()}
     memory = {name: {} for name in params}

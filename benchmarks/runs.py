@@ -1,8 +1,8 @@
-"""Runs of the examples' trainer as a store holds them.
+"""Runs of the examples' trainer as records of a store.
 
-Such a run is a configuration (`examples.config.OneRun`), of which a study uses the model, the data,
-the optimizer and the compiled step; what is left out is what costs time in a run of a minute:
-checkpoints, metrics of every step, the display.
+Such a run is a configuration (`examples.config.OneRun`). A study uses its model, data, optimizer
+and compiled step, and leaves out what costs time in a run of a minute: checkpoints, metrics of
+every step, the display.
 """
 
 import dataclasses
@@ -48,13 +48,13 @@ class Result:
 
     @property
     def loss(self) -> float:
-        """At the end; infinite if the run diverged."""
+        """The loss at the end; infinite if the run diverged."""
         done, loss = self.curve["step"][-1], self.curve["loss"][-1]
         return loss if done == self.config.steps and math.isfinite(loss) else math.inf
 
 
 def changes(config: OneRun) -> dict[str, Any]:
-    """The flags that decide its result and are not default."""
+    """The flags that decide the result of a run and differ from their defaults."""
     defaults = decisive(to_json(CONFIGS[config.workload]()))
     flags = decisive(to_json(config))
     return {name: flags[name] for name in flags if flags[name] != defaults[name]}
@@ -100,16 +100,16 @@ RUNS = Kind(identity, record_of, in_record, told)
 
 
 def stored() -> Store:
-    """All runs that were made."""
+    """The store of all runs made so far."""
     return Store(*FILES, kind=RUNS)
 
 
 def pursue(store: Store, workers: int, study: Callable[..., Any], *arguments: Any) -> Any:
-    """Makes all runs of a study that are missing; returns what it returns."""
+    """Makes all runs of a study that are missing; returns what the study returns."""
     while True:
         try:
             return study(*arguments)
-        except Missing as missing:  # those that have their batches in common one after the other
+        except Missing as missing:  # those with the same batches follow each other
             runs = sorted(missing.runs, key=lambda c: (c.workload, c.batch_size, c.seed))
             make(store, runs, workers, train_config, niceness=0)
 
@@ -117,7 +117,7 @@ def pursue(store: Store, workers: int, study: Callable[..., Any], *arguments: An
 def table(
     headings: Sequence[str], lines: Iterable[Sequence[str]], title: str | None = None
 ) -> Table:
-    """What a study says, for the console."""
+    """The results of a study, for the console."""
     found = Table(*headings, title=title, box=box.SIMPLE_HEAD)
     for line in lines:
         found.add_row(*line)
@@ -125,7 +125,7 @@ def table(
 
 
 def train_config(config: OneRun) -> Result:
-    """What a worker does to a run."""
+    """Trains a run, as a worker does."""
     start = time.process_time()
     keep_memory()
     data = opened(*source(config))
@@ -165,7 +165,7 @@ def drawn(
 
 
 def batches(config: OneRun) -> list[Batch]:
-    """Those of a run. The next run mostly has the same ones, and need not tokenize them again."""
+    """The batches of a run. The next run mostly has the same ones, and need not tokenize again."""
     iterator, kept = drawn(
         *source(config), batch_size=config.batch_size, seed=config.seed, **config.data_options
     )

@@ -25,11 +25,11 @@ class Estimate(NamedTuple):
     high: float
     """Ends of the 95 % interval."""
     p: float
-    """Of a mean of 0, two-sided."""
+    """Two-sided p-value of the hypothesis that the mean is 0."""
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Of a mean, such as that of paired differences, by Student's t."""
+    """Estimates a mean, such as that of paired differences, by Student's t."""
     if np.ptp(values) == 0:  # such as all 0
         return Estimate(values[0], values[0], values[0], float(values[0] == 0))
     test = stats.ttest_1samp(values, 0.0)
@@ -68,7 +68,7 @@ def detectable(differences: Sequence[float], power: float = 0.8) -> float:
     n = len(differences)
     critical = stats.t.ppf(0.5 + LEVEL / 2, n - 1)
 
-    # In the other tail there is nothing where the power is of interest.
+    # The other tail is negligible at any power that is of interest.
     shift = optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - power, 0.0, 20.0)
     return float(shift * np.std(differences, ddof=1) / np.sqrt(n))
 
@@ -86,7 +86,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def step_at(steps: ArrayLike, curve: ArrayLike, target: float) -> float:
     """From where on a curve stays at the target or below, interpolated between two evaluations.
 
-    The first evaluation if it is always there, and the last if only its end is, or not even that.
+    It is the first evaluation if the curve is always there, and the last one if only its end is
+    there, or not even that.
     """
     steps, curve = np.asarray(steps, float), np.asarray(curve, float)
     above = np.flatnonzero(~(curve <= target))
@@ -143,7 +144,7 @@ def trend(
     Args:
       statistic: of a contender and its baseline, such as a saving.
       features: a row for each condition and a column for each coefficient.
-      samples: contender and baseline of each condition, whose seeds are drawn apart.
+      samples: contender and baseline of each condition; each draws its seeds independently.
     """
     pairs = [(np.asarray(ours), np.asarray(theirs)) for ours, theirs in samples]
     random = np.random.default_rng(seed)
@@ -170,9 +171,9 @@ def against_itself(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """What the statistic says of the baseline against itself on other seeds: of two samples, drawn
-    apart and with replacement from its runs, as many as there are. They are no pairs, so this is
-    wider than the noise of a contrast whose runs are."""
+    """The statistic of the baseline against itself on other seeds: of two samples, each as large as
+    the baseline, drawn from its runs independently and with replacement. They are not paired, so
+    this is wider than the noise of a contrast whose runs are."""
     baseline = np.asarray(baseline)
     n = len(baseline)
     draws = np.random.default_rng(seed).integers(0, n, (resamples, 2, n))
@@ -186,8 +187,9 @@ def exchanged(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """What the statistic says if contender and baseline do not differ: of each pair it does not
-    matter then which run is whose. Over all ways of exchanging them, or `resamples` of more."""
+    """Values of the statistic if contender and baseline do not differ: then it does not matter
+    which run of a pair is whose. One for each way of exchanging them, or for `resamples` random
+    ways if there are more."""
     contender, baseline = np.asarray(contender), np.asarray(baseline)
     n = len(contender)
     if 2**n <= resamples:

@@ -6,7 +6,7 @@ python -m benchmarks.steps_to_target finals --workloads text
 
 python -m benchmarks.steps_to_target --quick             # a small form of all of it, in minutes
 
-The protocol; pages/steps_to_target.md tells what of it was changed during the study, and when:
+The protocol; pages/steps_to_target.md says what was changed in it during the study, and when:
 
 * **Workloads.** `text`: a Llama of 0.125M parameters on Python's standard library, 1,000 steps of
   32 sequences of 64 tokens. `images`: a ViT of 0.09M parameters on Fashion-MNIST, 1,500 steps of 64
@@ -23,15 +23,15 @@ The protocol; pages/steps_to_target.md tells what of it was changed during the s
   the order of the data, so that the runs of one seed are pairs.
 * **Steps to the target.** The target is the loss at the end of the baseline's run with the same
   seed. As in the paper: the first step at which the run is at the target, interpolated between
-  evaluations; a run that never is there counts as one that needed all steps, so that a saving is
-  never negative: whether there is a difference, the loss at the end tells. The strict reading:
-  the shortest run, with its whole schedule, that ends at the target, interpolated between runs of
-  70, 80, 90 and 100 % of the steps; of the optimizers whose interval of the difference to the
-  baseline's loss at the end is below 0.
+  evaluations. A run that never gets there counts as one that needed all steps, so a saving is never
+  negative; the loss at the end tells whether there is a difference. The strict reading: the
+  shortest run, with its whole schedule, that ends at the target, interpolated between runs of 70,
+  80, 90 and 100 % of the steps. It is made for the optimizers whose interval of the difference to
+  the baseline's loss at the end is below 0.
 * **Statistics.** Means over seeds, 95 % intervals of Student's t, two-sided paired t-tests.
 
-Each run is stored in benchmarks/results/steps_to_target as it ends and is made once: a study that
-is stopped resumes where it was. `python -m benchmarks.report` makes the tables and figures.
+Each run is made once, and is stored in benchmarks/results/steps_to_target when it ends: a study
+that was stopped resumes where it was. `python -m benchmarks.report` makes the tables and figures.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ WORKLOADS = {
 # in its authors' code. GPA starts from the same average, after a longer warmup; annealed, from the
 # base's schedule and a window that follows it. Muon orthogonalizes its momentum: without one,
 # single gradients. The EMA is the plain one, which does not know the learning rate. The warmup is
-# the knob of all that have no other which matters as much.
+# the knob of those that have no other that matters as much.
 LONGER = {"warmup": 0.2}
 METHODS = {
     "": Method(Settings(warmup=0.1), LONGER),
@@ -179,7 +179,7 @@ def config(
 
 
 def trials(workload: str, name: Contender, store: Store) -> list[OneRun]:
-    """Tunes an optimizer; returns its trials, of which the first is the best."""
+    """Tunes an optimizer; returns its trials, the best first."""
     start, other = method(name)
     around, base = parts(name)
     if around and start.schedule != "constant":
@@ -288,8 +288,9 @@ def saved_as_in_the_paper(result: Result, target: float) -> float:
 
 
 def saved_strictly(results: Sequence[Result], whole: Result, target: float) -> float:
-    """Of runs of growing length, how much shorter than the whole one it may be: at most as much as
-    the shortest that was made, and 0 if the whole one does not end at the target."""
+    """How much shorter than the whole run one may be and still end at the target, read off runs of
+    growing length: at most as much as the shortest that was made, and 0 if the whole run does not
+    end at the target."""
     points = [(result.config.steps, result.loss) for result in (*results, whole)]
     if whole.loss > target:
         return 0.0
@@ -310,7 +311,7 @@ class Row(NamedTuple):
     losses: list[float]
     """At the end, one of each seed."""
     difference: Estimate
-    """Of these and the baseline's."""
+    """Between these and the baseline's."""
     reached: int
     """Seeds with which it was at the target at some step."""
     saved: Estimate
@@ -399,7 +400,7 @@ STUDIES = {"finals": finals, "shorter": shorter}
 
 
 def again(workload: str, store: Store) -> list[OneRun]:
-    """The finals' first runs of AdamW and GPA, to be made again; none while finals are missing."""
+    """The finals' first runs of AdamW and GPA, to be repeated; none while finals are missing."""
     whole = settled(finals, workload, store)
     return [whole["adamw"][0], whole["gpa-adamw"][0]] if whole else []
 
@@ -420,8 +421,8 @@ class Config:
     workers: int = len(os.sched_getaffinity(0))
     """Runs at a time, each on a core of its own."""
     quick: bool = False
-    """Only make the finals' first runs of AdamW and GPA again, in a folder of their own, and show
-    them beside the stored ones."""
+    """Only repeat the finals' first runs of AdamW and GPA, in a folder of their own, and show them
+    beside the stored ones."""
 
 
 def main() -> int:

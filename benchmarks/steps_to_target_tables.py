@@ -31,7 +31,7 @@ TITLES = {
 }
 RECIPE = "the recipe"  # of benchmarks.transfer
 GPAS = (RECIPE, "gpa-adamw", "gpa-adamw, annealed")
-# Whose form was chosen when the seeds of these finals had been seen.
+# The contenders whose form was chosen after the seeds of these finals had been seen.
 AFTER = {"text": set(GPAS), "images": {RECIPE}, "images-large": {RECIPE}}
 METHOD_COLOURS = dict(
     zip(("", "gpa", "schedule-free", "diloco", "ema", "gpa, annealed"), COLOURS, strict=False)
@@ -39,7 +39,7 @@ METHOD_COLOURS = dict(
 
 
 def short_title(contender: str) -> str:
-    """Without the base, in figures that have one base only."""
+    """The title without the base, for figures that have only one base."""
     return title(contender).replace("-AdamW", "")
 
 
@@ -235,7 +235,7 @@ def saved_figure(rows: dict[str, list[Row]]) -> Figure:
 
 
 def mean_curves(workload: str, store: Store) -> dict[str, Curve]:
-    """Of AdamW and what is around it, in the order of the colours."""
+    """The curves of AdamW and of what is around it, in the order of the colours."""
     whole = settled(steps_to_target.finals, workload, store) or {}
     names = [name for name in whole if parts(name)[1] == "adamw"]
     names.sort(key=lambda name: [*METHOD_COLOURS].index(parts(name)[0]))

@@ -4,12 +4,12 @@
     make(store, members, workers=2, train=functools.partial(train_member, folder=corpus.FOLDER))
     store[members[0]].final
 
-Of what kind its runs are, members.py and runs.py say.
+The kinds of runs are defined in members.py and runs.py.
 
 A study is a plain function that looks up its runs by `results_of`, which raises `Missing` with
-those that nobody has made yet. A worker takes the first run that is neither stored nor being made,
-by any process on this machine. What is killed is started again by the next call, and all that had
-ended is kept.
+those that have not been made yet. A worker takes the first run that is neither stored nor being
+made by any process on this machine. Runs that were killed are started again by the next call, and
+runs that had ended are kept.
 """
 
 import contextlib
@@ -42,12 +42,13 @@ def measured(name: str) -> Any:
 
 
 class Kind(NamedTuple):
-    """What a store holds, and how a line tells it. A run is what is known before it is made."""
+    """What a store holds, and how a line records it. A run is what is known before it is made, a
+    result what is known afterwards."""
 
     identity: Callable[[Any], str]
-    """Of two runs with equal identities, one is enough."""
+    """Runs with equal identities are the same run."""
     record: Callable[[Any], dict[str, Any]]
-    """What a line says of a result, beside its machine, versions and date."""
+    """What a line says of a result, besides its machine, versions and date."""
     result: Callable[[dict[str, Any]], tuple[Any, Any]]
     """The run and the result in a line."""
     told: Callable[[Any], str]
@@ -57,7 +58,7 @@ class Kind(NamedTuple):
 class Store:
     """The results in files, which need not exist yet.
 
-    Of several files a line is in the one that is named like its "workload".
+    If there are several files, a line is in the one named after its "workload".
     """
 
     def __init__(self, *paths: Path, kind: Kind):
@@ -65,7 +66,7 @@ class Store:
         self.read()
 
     def read(self) -> None:
-        """Again, because other processes may have added some."""
+        """Reads the files again, because other processes may have added results."""
         lines = [line for p in self.paths if p.exists() for line in p.read_text().splitlines()]
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
@@ -124,7 +125,7 @@ def rounded(curve: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 
 class Missing(Exception):
-    """Runs that a study needs and that nobody has made yet, in the order of their worth."""
+    """Runs that a study needs and that have not been made yet, the most important first."""
 
     def __init__(self, runs: Sequence[Any]):
         super().__init__(f"{len(runs)} runs are missing")
@@ -132,7 +133,7 @@ class Missing(Exception):
 
 
 def results_of(store: Any, runs: Iterable[Any]) -> list[Any]:
-    """Their results.
+    """The results of runs.
 
     Raises:
       Missing: if the store lacks some.
@@ -190,7 +191,7 @@ def make(
       store: where each result is added as its run ends.
       runs: the most important ones first.
       workers: processes, each on a core of its own.
-      train: returns the result of a run; of a module, since other processes call it.
+      train: returns the result of a run; a function of a module, since other processes call it.
       niceness: of the workers; 19 leaves the machine to whatever else runs on it.
     """
     store.read()
@@ -222,7 +223,7 @@ def work(
     train: Callable[[Any], Any],
     niceness: int,
 ) -> None:
-    """What a worker does; it ends after its run if its parent is gone."""
+    """The loop of a worker; it ends after its present run if its parent is gone."""
     os.sched_setaffinity(0, {core})
     os.nice(niceness)
     jax.config.update("jax_compilation_cache_dir", str(COMPILED.absolute()))

@@ -2,8 +2,8 @@
 
 benchmarks/PROTOCOL.md says what each is for and how it is judged. A study has conditions, and a
 condition is a plain function of the stored runs. It returns its contrasts; where it needs a run
-that is not there it raises `Missing`, with all runs that it could use by now. So what is tuned
-first and what depends on the tuning stand in one function, in their order.
+that is not stored it raises `Missing`, with all runs that it could use by now. So the tuning and
+what depends on it stand in one function, in their order.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Run(NamedTuple):
             optimizer,
             self.steps,
             seed,
-            float(f"{learning_rate:.3g}"),  # so that rates reached in two ways are one
+            float(f"{learning_rate:.3g}"),  # one rate, even if reached in two ways
             workload=self.workload,
             knobs=knobs,
             **more,
@@ -78,9 +78,9 @@ def tuned(
 ) -> Setting:
     """The setting with the lowest mean loss at the end over the tuning seeds.
 
-    All rates (an octave apart) with all warmups and knobs; then, at the best of these, rates half
-    an octave to either side until both neighbours of the best are worse, or whole octaves beyond
-    the edge alone if `refine` is off.
+    First all rates (an octave apart) with all warmups and knobs. Then rates half an octave to
+    either side of the best, until both neighbours of the best are worse; without `refine`, only
+    whole octaves beyond the edge of the rates.
     """
     step = math.sqrt(2) if refine else 2.0
     tried: dict[Setting, float] = {}
@@ -100,7 +100,7 @@ def tuned(
         new = [
             side for side in sides if not any(math.isclose(side, r, rel_tol=0.02) for r in there)
         ]
-        if not refine:  # the grid's own rates are the neighbours, but at its edges
+        if not refine:  # the grid's own rates are the neighbours, except at its edges
             new = [side for side in new if not min(there) < side < max(there)]
         if not new:
             break
@@ -115,7 +115,7 @@ Form = tuple[str, Mapping[str, Any]]
 def tuned_forms(
     store: Store, run: Run, forms: Mapping[str, Form], rates: Sequence[float], **how: Any
 ) -> dict[str, Setting]:
-    """Each form at its best rate and warmup, on the first of the tuning seeds unless told so."""
+    """Each form at its best rate and warmup, on the first tuning seed unless `how` gives others."""
     how = {"seeds": TUNING[:1], "refine": False, **how}
     return together(
         {
@@ -168,7 +168,7 @@ ONE_LINERS = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")
 def against_tuned_adamw(
     run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store, seeds: int = 8
 ) -> list[Contrast]:
-    """Forms that are made of AdamW's setting and have no search of their own."""
+    """Forms that are derived from AdamW's setting and have no search of their own."""
     base = tuned_adamw(store, run, refine=run.steps <= 2000)
     settings = [base, *(form(base) for form in forms.values())]
     return contrasts(forms, found_all(store, run, settings, FRESH[:seeds]))
@@ -177,14 +177,14 @@ def against_tuned_adamw(
 def found_all(
     store: Store, run: Run, settings: Sequence[Setting], seeds: Sequence[int]
 ) -> list[list[Result]]:
-    """The runs of each setting, seed by seed, so that what is there early is comparable."""
+    """The runs of each setting. They are made seed by seed, so that early ones are comparable."""
     members = [[setting.members(run, [seed])[0] for setting in settings] for seed in seeds]
     runs = results_of(store, [member for same in members for member in same])
     return [runs[i :: len(settings)] for i in range(len(settings))]
 
 
 def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contrast]:
-    """Of each contender with the first of `runs`."""
+    """The contrast of each contender with the baseline, which is the first of `runs`."""
     baseline, *others = runs
     return [Contrast(name, one, baseline) for name, one in zip(names, others, strict=True)]
 
@@ -249,7 +249,7 @@ def doubled(base: Setting) -> tuple[float, float]:
     return base.learning_rate, 2 * base.learning_rate
 
 
-# Without tuning: the rule against tuned AdamW in conditions that it was not made on.
+# Without tuning: the rule against tuned AdamW in conditions other than those it was found in.
 SMALL = Workload().model
 CONDITIONS = {
     "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
@@ -261,7 +261,7 @@ CONDITIONS = {
 
 
 LATE = {"schedule": "constant", "average": "lr-weighted", "step_power": 2.0, "start": 0.2}
-# One member that beats its rivals? Sixteen settings, listed before any of them was run.
+# Does one form beat its rivals? Sixteen settings, listed before any of them was run.
 SCREEN: dict[str, Form] = {
     **{
         f"decay to 30 %, {name}": ("gpa-adamw", {"final": 0.3, **average})
@@ -305,7 +305,7 @@ SCREEN: dict[str, Form] = {
 
 
 def screened(steps: int, seeds: Sequence[int], store: Store) -> list[Contrast]:
-    """Each at twice AdamW's rate and a fifth of warmup, against the annealed form."""
+    """Each at twice AdamW's rate, with a fifth of the run as warmup, against the annealed form."""
     run = Run(steps)
     base = tuned_adamw(store, run, refine=steps <= 2000)
     settings = screen_settings(base)
@@ -322,7 +322,7 @@ def screen_settings(base: Setting) -> dict[str, Setting]:
 
 def confirmed(store: Store) -> list[Contrast]:
     """The three that ended lowest at 4,000 steps, and Schedule-Free, against the annealed form, on
-    seeds that none of this saw."""
+    seeds that were not used for anything before."""
     steps, run = 4000, Run(4000)
     ends = {one.name: mean_final(one.contender) for one in screened(steps, FRESH[:2], store)}
     base = tuned_adamw(store, run, refine=False)
@@ -418,7 +418,7 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     },
     "paper": {"8,000 steps": papers_setting},
 }
-"""The conditions of each, in the order of their worth."""
+"""The conditions of each study, the most important study first."""
 
 
 def missing(store: Store, names: Iterable[str] = STUDIES) -> list[Member]:

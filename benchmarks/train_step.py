@@ -45,7 +45,7 @@ class Config:
     optimizer: Name = "gpa-adamw"
     """The optimizer of the step."""
     steps: int = 120
-    """Updates of the profiled run; the first third is not looked at."""
+    """Updates of the profiled run; the first third is not measured."""
     rounds: int = 30
     """Times that each part is run, in turns."""
     keep_memory: bool = True
@@ -66,7 +66,7 @@ class Profiled(Report):
 
     def stepped(self, done, metrics, waited):
         if done % self.log_every == 0:
-            jax.block_until_ready(metrics)  # what reporting waits for is no work of its own
+            jax.block_until_ready(metrics)  # the wait is not counted as reporting
         start = time.perf_counter()
         super().stepped(done, metrics, waited)
         if self.first < done < self.steps:

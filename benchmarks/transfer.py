@@ -71,7 +71,7 @@ def docstrings(packages: tuple[str, ...] = PACKAGES) -> Iterator[str]:
 
 
 def recipe(base: Settings) -> Settings:
-    """GPA's, for a run in which these are good for AdamW: what the trainer does by default."""
+    """GPA's settings for a run in which `base` is good for AdamW: the trainer's defaults."""
     settings = default_settings("gpa-adamw", base.learning_rate, base.warmup, small=True)
     return dataclasses.replace(settings, weight_decay=base.weight_decay)
 
@@ -100,7 +100,7 @@ def tuned(condition: TrainLlama, store: Store) -> Settings:
 def both(
     condition: OneRun, base: Settings, seeds: Sequence[int], store: Store
 ) -> dict[Name, list[OneRun]]:
-    """The runs of both on a condition."""
+    """The runs of AdamW and of GPA on a condition."""
     settings: dict[Name, Settings] = {"adamw": base, "gpa-adamw": recipe(base)}
     runs = {
         name: [
@@ -131,7 +131,7 @@ def studies(store: Store) -> dict[str, Callable[[], dict[Name, list[OneRun]]]]:
 
 
 def rows(store: Store) -> dict[str, list[Row]]:
-    """What came of each condition whose runs are all there: AdamW, then GPA."""
+    """The outcome of each condition whose runs are all stored: AdamW, then GPA."""
     found = {}
     for name, study in studies(store).items():
         runs = settled(study)
@@ -144,7 +144,7 @@ def rows(store: Store) -> dict[str, list[Row]]:
 
 
 def lines(found: dict[str, list[Row]]) -> Iterator[list[str]]:
-    """Those of the table, with the learning rates, and without the strict reading."""
+    """The lines of the table, with the learning rates, and without the strict reading."""
     for name, pair in found.items():
         for row in pair:
             rate = f"{row.settings.learning_rate:.2g}"

@@ -2,9 +2,9 @@
 
 Each optimizer takes turns with optax.adamw, so that both see the same machine; with XLA's default
 flags, and with its sequential scheduler, which keeps less in memory. All keep the memory of an
-update for the next, as the trainer of the examples does. What synchronizes with slow weights is
-timed over whole periods. PyTorch's AdamW and schedulefree are measured in the same way where they
-are installed. Writes benchmarks/results/update_cost.json.
+update for the next, as the trainer of the examples does. Optimizers that synchronize with slow
+weights are timed over whole periods. PyTorch's AdamW and schedulefree are measured in the same way
+where they are installed. Writes benchmarks/results/update_cost.json.
 """
 
 import concurrent.futures
@@ -58,8 +58,8 @@ class Config:
 
     sizes: tuple[str, ...] = ("1M/10", "1M/100", "10M/1000", "40M/40", "llama-160m")
     """Millions of float32 parameters / leaves of equal size, or llama- and a preset of
-    examples.llama for its shapes. What the file has of other sizes is kept, if the versions are the
-    same."""
+    examples.llama for its shapes. The file's results for other sizes are kept, if the versions are
+    the same."""
     rounds: int = 31
     """Timed updates, or periods, of each optimizer; 9 are enough where they take longer than 20
     seconds."""
@@ -296,11 +296,11 @@ def compile_in_turns(size: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def growth(run: Callable[[], None]) -> int | None:
-    """Bytes by which this process grows during a run, at its peak; None where Linux is not."""
+    """Bytes by which this process grows during a run, at its peak; None except on Linux."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists():
         return None
-    reset.write_text("5")  # the peak is what is used now
+    reset.write_text("5")  # resets the peak to what is used now
 
     def size(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) * 1024

@@ -1,8 +1,8 @@
 """The updates whose cost is measured, and the params that they update.
 
-What compiles them for other machines (compiled_cost), times them on a CPU (update_cost) and on a
-GPU (accelerator) takes them from here. It imports jax, optax and flax, and nothing that a machine
-with a GPU may lack.
+Used to compile them for other machines (compiled_cost), and to time them on a CPU (update_cost) and
+on a GPU (accelerator). This module imports jax, optax and flax, and nothing that a machine with a
+GPU may lack.
 """
 
 import functools
@@ -30,12 +30,12 @@ TORCH_ADAMW = {
 
 
 class Update(NamedTuple):
-    """An optimizer, and how it wants its params."""
+    """An optimizer, and what makes params in the form that it needs."""
 
     optimizer: optax.GradientTransformation
     params: Callable[[Any], Any] = lambda params: params
     between: optax.GradientTransformation | None = None
-    """What is left of the update, except in every `PERIOD`-th, in which all arrays are needed."""
+    """What runs in all updates but each `PERIOD`-th, which needs all arrays."""
 
     @property
     def periodic(self) -> bool:
@@ -53,7 +53,7 @@ class Update(NamedTuple):
 
     def least_bytes(self, shapes: Any, dtype: Any) -> float:
         """What an update has to move, from the shapes: each array that it needs read once, and each
-        new one written once; the mean over a period if it does not need the same in each."""
+        new one written once; the mean over a period if not every update needs the same."""
         arguments = self.arguments(shapes, dtype)
         whole = total_bytes(arguments) + total_bytes(jax.eval_shape(self.step, *arguments))
         if self.between is None:
@@ -119,7 +119,7 @@ def shapes(preset: str | LlamaConfig) -> Any:
 
 
 def entries(tree: Any) -> int:
-    """Of all leaves: a model's parameters."""
+    """Entries of all leaves together: the number of a model's parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 

@@ -53,8 +53,8 @@ def described(tree: Any) -> dict[str, str]:
 def newest_good(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> int:
     """The step of the newest checkpoint that passes `check`; 0 if there is none at all.
 
-    Newer ones are moved to a folder beside this one, and `say` is told why. Only one of several
-    processes reads them.
+    Damaged ones are moved to a folder beside this one, and `say` reports why. Of several processes
+    only one reads the checkpoints.
 
     Raises:
       DamagedError: if there are checkpoints and all are damaged; they stay where they are.
@@ -66,8 +66,8 @@ def newest_good(folder: Path, abstract_state: Any, say: Callable[[str], None]) -
         except DamagedError as newest:
             step, error = -1, newest
     if jax.process_count() > 1:
-        # A collective gives up after half a minute on CPUs, and to read large checkpoints takes
-        # longer. This waits as long as all processes live.
+        # On CPUs a collective times out after half a minute, and reading large checkpoints takes
+        # longer. This barrier waits as long as all processes are alive.
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key=f"checked {folder}", timeout_ms=24 * 60 * 60 * 1000)
         step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
@@ -86,8 +86,8 @@ def set_aside(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> 
             if not good:
                 check(path, abstract_state)
                 good = step
-            # Of the older ones orbax reads the losses now and nothing else. One that was just being
-            # deleted lacks files, which does no harm.
+            # Of the older ones orbax reads only the losses at this point. One whose deletion was
+            # cut short lacks files, which does no harm.
             elif (path / "metrics" / "metrics").exists() and (path / DIGESTS).exists():
                 check_digests(path, "metrics/")
         except DamagedError as error:
@@ -108,7 +108,7 @@ def set_aside(folder: Path, abstract_state: Any, say: Callable[[str], None]) -> 
 
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """The checkpoints in a folder; the last `keep` are kept and the best, by validation loss."""
+    """The checkpoints in a folder. The last `keep` and the best by validation loss are kept."""
     best = {"get_metric_fn": quality, "n": 1, "keep_checkpoints_without_metrics": False}
     policy = keeping.AnyPreservationPolicy([keeping.LatestN(keep), keeping.BestN(**best)])
     options = ocp.CheckpointManagerOptions(
@@ -122,18 +122,18 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def quality(metrics: dict[str, float]) -> float:
-    """More is better, and what is no number is worst."""
+    """Higher is better, and a non-finite loss is worst."""
     return -metrics["loss"] if math.isfinite(metrics["loss"]) else -math.inf
 
 
 @contextlib.contextmanager
 def opened(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """As `open_checkpoints`; closed at the end, when what is being written is written."""
+    """As `open_checkpoints`; closed at the end, once pending writes have finished."""
     manager = open_checkpoints(folder, keep)
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to report
             manager.close()
         raise
     manager.close()
@@ -141,7 +141,7 @@ def opened(folder: Path, keep: int) -> Iterator[ocp.CheckpointManager]:
 
 @contextlib.contextmanager
 def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Has errors of the thread that writes say in a sentence what failed, and what there is yet."""
+    """Turns errors of the writing thread into a sentence: what failed, and what is still kept."""
     try:
         yield
     except jax.errors.JaxRuntimeError:  # a collective with a process that is gone
@@ -155,7 +155,7 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What the system said, out of the many lines that orbax and tensorstore put around it."""
+    """The error in one line, where orbax and tensorstore put many around what the system said."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -179,7 +179,7 @@ def save(
     batches: grain.DatasetIterator,
     loss: float | None,
 ) -> None:
-    """Copies the state to the host and returns; a thread writes it while training goes on."""
+    """Copies the state to the host and returns; a thread writes it while training continues."""
     items = {
         "state": ocp.args.StandardSave(state),
         "data": grain.checkpoint.CheckpointSave(batches),
@@ -198,12 +198,12 @@ def restore(
     abstract_state: Any,
     batches: grain.DatasetIterator | None = None,
 ) -> Any:
-    """The state of that step, which `check` has passed, placed as `abstract_state` says: on one
-    device or on many, whatever it was saved from. `batches` is set to where it was, whatever number
-    of processes saved it.
+    """The state of a step whose checkpoint passed `check`, placed as `abstract_state` says: on one
+    device or many, whatever it was saved from. `batches` is set to the saved position in the data,
+    however many processes saved it.
 
     Raises:
-      ValueError: if the position in the data is not whole, or is one in other data.
+      ValueError: if the position in the data is incomplete, or belongs to other data.
     """
     if batches is not None:
         batches.set_state(position(Path(manager.directory, str(step), "data")))
@@ -214,7 +214,7 @@ def restore(
 
 
 def position(folder: Path) -> dict[str, Any]:
-    """The position in the data: what each process saved of its own share, as one.
+    """The position in the data, merged from what each process saved for its own share.
 
     Raises:
       ValueError: if a part is missing, damaged, or contradicts another.

@@ -29,13 +29,13 @@ from examples.workload import Data
 absl.logging.set_verbosity(absl.logging.FATAL)
 
 
-# How XLA's errors begin. Of a failed collective some calls of JAX make a ValueError.
+# How XLA's errors begin. Some calls of JAX raise a ValueError for a failed collective.
 XLA_STATUS = re.compile(r"[A-Z_]+: ")
 Command = Callable[[Sequence[str], Console], int]
 
 
 def workload_command(kind: type, program: str, others: Mapping[str, Command]) -> Command:
-    """The command that trains; others have a name, which is their first argument."""
+    """A workload's command: it trains, unless its first argument is the name of one of `others`."""
 
     def command(arguments: Sequence[str], console: Console) -> int:
         name, *rest = arguments or ("--",)
@@ -131,8 +131,8 @@ def start_or_resume(config: OneRun, console: Console, data: Data) -> End:
 
 
 def run_command(command: Command, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; what the user can put right ends in one sentence and exit status 2, numbers
-    that are not finite in one and status 3."""
+    """Runs a command and returns its exit status. An error that the user can fix is reported in one
+    sentence, with status 2, and so are non-finite numbers, with status 3."""
     console = Console()
     keep_memory()
     try:
@@ -185,10 +185,10 @@ def connect(flags: Distributed) -> None:
 
 
 def keep_memory() -> None:
-    """Has the memory of a step kept for the next one.
+    """Makes the allocator keep the memory of a step for the next one.
 
-    glibc gives large blocks back to the system, which clears them again when they are next used.
-    `python -m benchmarks.train_step` with and without --keep-memory shows what that takes.
+    By default glibc returns large blocks to the system, which clears them when they are next used.
+    `python -m benchmarks.train_step` with and without --keep-memory shows what that costs.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

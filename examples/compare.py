@@ -1,4 +1,4 @@
-"""Trains the same model with several optimizers and tells which needs fewer steps.
+"""Trains the same model with several optimizers and reports which needs fewer steps.
 
 python -m examples.compare llama
 python -m examples.compare llama --steps 200 --gpa-adamw.learning-rate 8e-3
@@ -43,7 +43,7 @@ class Comparison(Training):
     """Folder of the comparison. Default: runs/ and a name made of the flags, so that the same
     command resumes what it finds there."""
     optimizers: tuple[Name, ...] = ("adamw", "gpa-adamw")
-    """Which optimizers to run, in this order. The first is the one to beat."""
+    """Which optimizers to run, in this order. The first is the baseline."""
     settings: Annotated[dict[str, Settings], tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=dict
     )
@@ -117,7 +117,8 @@ def main(arguments: Sequence[str], console: Console) -> int:
 
 
 def parse_comparison(workload: str, arguments: Sequence[str]) -> Any:
-    """The preset and the optimizers decide the defaults that `--help` shows for the other flags."""
+    """Parses the flags, whose defaults, as `--help` shows them, depend on the preset and the
+    optimizers."""
     kind, train = WORKLOADS[workload]
     default = kind()
     preset = peek(arguments, "--preset", default.preset)
@@ -199,7 +200,7 @@ def verdicts(runs: Mapping[str, History], steps: int, baseline: str) -> list[str
 
 
 def show_sample(config: OneRun, console: Console) -> None:
-    """Some text from the weights that the last optimizer is evaluated at."""
+    """Prints text sampled from the weights at which the optimizer's run is evaluated."""
     from examples.llama.runs import load
     from examples.llama.sampling import generate
 

@@ -13,7 +13,7 @@ import tyro
 
 from examples.settings import NAMES, Name, Settings, averages, check_effect, flag, holds_master_copy
 
-# Flags that change nothing in what a run computes: a run may be resumed with other values of these.
+# Flags that do not change what a run computes: a run may be resumed with other values of these.
 FREE = {
     "run", "out", "resume", "fsdp", "keep", "log_every", "evaluate_every", "evaluate_y",
     "max_bad_steps", "distributed", "data.cache",
@@ -33,7 +33,8 @@ class Training:
     seed: int = 0
     """Decides the initialization and the order of the data."""
     fsdp: int = 1
-    """Devices that share one copy of params and optimizer state; the others repeat it."""
+    """Devices that share one copy of params and optimizer state; each further group of as many
+    devices holds its own copy."""
     evaluate_every: int = 50
     """Updates from one evaluation, and checkpoint, to the next."""
     evaluate_y: bool = False
@@ -47,8 +48,8 @@ class Training:
     log_every: int = 10
     """Updates from one line of metrics to the next."""
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, at which the run ends. A
-    step like that changes neither the params nor the optimizer's state."""
+    """Consecutive steps with a non-finite loss or gradient after which the run ends. Such a step
+    changes neither the params nor the optimizer's state."""
 
     def __post_init__(self):
         counts = ("steps", "batch_size", "accumulate", "evaluate_every", "keep", "log_every")
@@ -68,8 +69,8 @@ class OneRun(Training):
     """The flags of a single run. `examples.compare` makes one of these for each optimizer."""
 
     run: Path | None = None
-    """Folder of the run: checkpoints, metrics, summary. The same command resumes what it
-    finds there. Default: runs/ and a name made of the preset and the optimizer."""
+    """Folder of the run: checkpoints, metrics, summary. The same command resumes what it finds
+    there. Default: runs/ and a name made of the workload, the preset and the optimizer."""
     optimizer: Name = "gpa-adamw"
     """The optimizer: a base, or a kind of averaging around it."""
     settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
@@ -88,8 +89,8 @@ class Distributed:
     """Several processes that train together."""
 
     distributed: bool = False
-    """Start as one of several processes (jax.distributed.initialize). Slurm, Cloud TPU and other
-    clusters need no more; elsewhere the next three flags say who is who."""
+    """Start as one of several processes (jax.distributed.initialize). On Slurm, Cloud TPU and other
+    clusters this flag is enough; elsewhere the next three flags identify the processes."""
     coordinator: str | None = None
     """Address and port of process 0, such as 10.0.0.1:1234."""
     processes: int | None = None
@@ -99,7 +100,8 @@ class Distributed:
 
 
 def parse_run(kind: type, program: str, arguments: Sequence[str]) -> OneRun:
-    """The preset and the optimizer decide the defaults that `--help` shows for the other flags."""
+    """Parses the flags, whose defaults, as `--help` shows them, depend on the preset and the
+    optimizer."""
     default = kind()
     preset = peek(arguments, "--preset", default.preset)
     optimizer = peek(arguments, "--optimizer", default.optimizer)

@@ -1,8 +1,8 @@
-"""What the commands say."""
+"""How the commands print."""
 
 from rich.console import Console
 
 
 def say(console: Console, line: str) -> None:
-    """A line as it is: not coloured, and not broken where the terminal ends."""
+    """Prints a line as it is: not coloured, and not wrapped at the width of the terminal."""
     console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)

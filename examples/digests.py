@@ -1,7 +1,7 @@
 """Digests of a checkpoint's files.
 
-Orbax restores garbled arrays without complaint, so what is restored is checked against them before
-anything reads it.
+Orbax restores garbled arrays without complaint, so files are checked against their digests before
+anything reads them.
 """
 
 import concurrent.futures
@@ -12,8 +12,8 @@ from pathlib import Path
 from orbax.checkpoint.path import atomicity
 
 DIGESTS = "digests.json"
-# Orbax writes these two when all the others are there; they say when that was, and nothing of them
-# is restored.
+# Orbax writes these two files after all the others. They record when that was, and nothing is
+# restored from them.
 LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
@@ -22,8 +22,8 @@ class DamagedError(ValueError):
 
 
 class WithDigests(atomicity.AtomicRenameTemporaryPath):
-    """The folder that a checkpoint, or an item of it, is written in. It gets the digests when all
-    is written, by the process that then renames it: a checkpoint without them was never whole."""
+    """The folder that a checkpoint, or an item of it, is written in. When everything is written,
+    the process that renames it adds the digests: a checkpoint without them was never complete."""
 
     async def finalize(self) -> None:
         if self.get_final().name.isdecimal():  # a step, not an item
@@ -33,11 +33,11 @@ class WithDigests(atomicity.AtomicRenameTemporaryPath):
 
 
 def digests(folder: Path, item: str = "") -> dict[str, str]:
-    """SHA-256 of each file that a restored checkpoint depends on, by its path in the folder; of all
-    items, or of one.
+    """SHA-256 of each file that a restored checkpoint depends on, by its path in the folder; for
+    all items, or for one.
 
-    Of files, not of arrays: so the position in the data has one too, and it is the same whatever
-    devices and processes write or read the arrays.
+    Files are hashed, not arrays: so the position in the data has a digest too, and the check is the
+    same whatever devices and processes write or read the arrays.
     """
     files = (path for path in (folder / item).rglob("*") if path.is_file())
     names = sorted(str(path.relative_to(folder)) for path in files)

@@ -21,7 +21,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, whenever the process may end."""
+    """Writes all of the text or nothing, whenever the process may end."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with naming(path):
@@ -33,8 +33,8 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has an error of the system, such as a full disk, say which file it is about: those of writing
-    to an open file do not."""
+    """Adds the file's name to an error of the system, such as a full disk: errors from writing to
+    an open file lack it."""
     try:
         yield
     except OSError as error:
@@ -42,6 +42,6 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def free_name(path: Path) -> Path:
-    """The path itself, or with the first number after it that nothing there has."""
+    """The path itself, or the path with the first number after it that makes it a free name."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return next(free for free in itertools.chain([path], numbered) if not free.exists())

@@ -5,10 +5,10 @@ from flax import nnx
 
 
 class Linear(nnx.Linear):
-    """nnx.Linear as a product of two matrices, whatever the axes before the last.
+    """nnx.Linear as a product of two matrices, however many axes the inputs have.
 
-    Of a product with three axes XLA's CPU backend writes the gradients transposed, which made the
-    step of the smallest Llama a quarter slower; elsewhere it makes no difference.
+    For inputs with three axes XLA's CPU backend writes the gradients transposed, which made the
+    step of the smallest Llama a quarter slower. On other backends it makes no difference.
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What a run measures, and where it is stored: metrics.jsonl and TensorBoard.
 
-metrics.jsonl is the record, of which tables and plots are made (plots.py).
+metrics.jsonl is the record from which tables and plots are made (plots.py).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class History:
     )
     """For x, and y if it was evaluated: (step, validation metrics)."""
     seconds: list[float] = dataclasses.field(default_factory=list)
-    """Time of an update, evaluation and compilation apart, one entry for each line."""
+    """Time of an update, without evaluation and compilation; one entry for each line."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -82,7 +82,7 @@ class Log:
     """metrics.jsonl and TensorBoard."""
 
     def __init__(self, folder: Path, done: int):
-        """Opens the files; lines of steps after `done`, which will be made again, are dropped."""
+        """Opens the files. Drops the lines of steps after `done`, which the run takes again."""
         self.folder, path = folder, folder / "metrics.jsonl"
         before = records(path) if done else []
         self.kept = [line for line in before if line["step"] <= done and "size" not in line]
@@ -93,7 +93,7 @@ class Log:
         events = folder / "tensorboard" / "events"
         events.parent.mkdir(exist_ok=True)
         self.board = EventsWriter(str(events))
-        start = SessionLog(status=SessionLog.START)  # hides what is stored of this step and later
+        start = SessionLog(status=SessionLog.START)  # hides older events of this step and later
         self.board.write_event(Event(step=done + 1, session_log=start))
 
     def write(self, step: int, **values: Any) -> None:
@@ -110,13 +110,13 @@ class Log:
 
     def close(self) -> None:
         for file in (self.file, self.board):
-            with contextlib.suppress(OSError):  # a full disk, of which `write` has told
+            with contextlib.suppress(OSError):  # a full disk, which `write` has reported
                 file.close()
 
 
 class Report:
-    """Measures a run, stores the numbers and shows them. Only the first of several processes does
-    the last two."""
+    """Measures a run, stores the numbers and shows them. Of several processes, only the first does
+    the storing and showing."""
 
     def __init__(
         self,
@@ -139,16 +139,16 @@ class Report:
         self.log: Log | None = None
         self.waiting: list[tuple[dict[str, jax.Array], float]] = []
         self.bad_steps = 0
-        """Steps of the run that changed nothing, because a number was not finite."""
+        """Steps of the run that changed nothing, because their loss or gradient was non-finite."""
         self.bad_in_a_row = self.worst_row = 0
-        """How many the last ones are, and the most that followed each other since `begin`."""
+        """Consecutive bad steps up to the last step, and the most of them since `begin`."""
         self.since = time.perf_counter()
 
     def say(self, line: str) -> None:
         self.display.say(line)
 
     def begin(self, done: int, state: Any, memory: Any) -> None:
-        """Must be called before the first of the steps after `done`."""
+        """Opens the record of a run that has taken `done` steps; to be called before the next."""
         if not self.active:
             return
         for name, content in self.files.items():
@@ -160,13 +160,13 @@ class Report:
         self.since = time.perf_counter()
 
     def stepped(self, done: int, metrics: Mapping[str, jax.Array], waited: float) -> None:
-        """Keeps the numbers where they are until a line is due: reading one waits for the step."""
+        """Leaves the numbers on the device until a line is due: reading one waits for the step."""
         self.waiting.append((dict(metrics), waited))
         if done % self.log_every == 0 or done == self.steps:
             self.flush(done)
 
     def flush(self, done: int) -> None:
-        """Writes the line of the steps since the last one."""
+        """Writes the line of the steps since the last line."""
         if not self.waiting:
             return
         values = jax.device_get([metrics for metrics, _ in self.waiting])

@@ -1,5 +1,5 @@
-"""The optimizers of the examples: four bases, each plain or in one of four kinds of averaging, with
-the one answer to the question: which weights do I evaluate?"""
+"""The optimizers of the examples: four bases, each plain or inside one of four kinds of averaging.
+Each comes with the function that returns the weights to evaluate."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Optimizer(NamedTuple):
 
 
 def named_optimizer(name: Name, settings: Settings, steps: int) -> Optimizer:
-    """The optimizer for a run of so many updates, behind gradient clipping."""
+    """The optimizer for a run of `steps` updates, with gradient clipping before it."""
     method, base = split(name)
     settings = in_updates(settings, steps)
     learning_rate = schedule(settings, steps)
@@ -60,7 +60,7 @@ def params_themselves(opt_state: optax.OptState, params: optax.Params) -> optax.
 def base_optimizer(
     base: Base, learning_rate: optax.Schedule, *, weight_decay: Any, b1: float, b2: float
 ) -> optax.GradientTransformation:
-    """A base of the examples, with weight decay of matrices alone; `weight_decay` may be traced."""
+    """A base of the examples, with weight decay of matrices only; `weight_decay` may be traced."""
     if base == "muon":
         return contrib.muon(
             learning_rate,
@@ -93,7 +93,7 @@ def schedule(settings: Settings, steps: int) -> optax.Schedule:
     warmup = int(in_updates(settings, steps).warmup)
     rest = max(1, steps - warmup)
     decay = round(settings.decay * steps)
-    if warmup > steps or (settings.schedule == "wsd" and decay > rest + 1):  # 1 is of rounding
+    if warmup > steps or (settings.schedule == "wsd" and decay > rest + 1):  # 1 allows for rounding
         raise ValueError(
             f"--warmup {warmup} must leave room in the {steps} updates of --steps"
             + (f", also for --decay {settings.decay}." if warmup <= steps else ".")
@@ -130,7 +130,7 @@ def name_of(path: jax.tree_util.KeyPath) -> list[str]:
 
 
 def decays(params: optax.Params) -> optax.Params:
-    """The leaves that decay: norms, biases and what is learned of positions do not."""
+    """The leaves that decay: norms, biases and the learned query of MAP pooling do not."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not {"scale", "bias", "probe"} & set(name_of(path)), params
     )

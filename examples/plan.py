@@ -24,7 +24,7 @@ from planning.collectives import traffic
 from planning.machines import Target, amount, compile_for, find, per_device
 from planning.reports import show_memory, show_traffic
 
-# What the buffers of optimizer states are called where papers write about them.
+# The names that papers give to the buffers of optimizer states.
 BUFFERS = {"mu": "m", "nu": "v", "trace": "momentum", "y": "y in float32", "slow": "slow weights"}
 TARGET = """Machine to compile for: a TPU with its topology (v4:2x2x2, v5e:4x4, v5p:4x4x8, v6e:8x8),
 h100 with the number of GPUs (h100:64), or cpu with a number of devices (cpu:8)."""
@@ -33,7 +33,7 @@ collectives of both."""
 
 
 def plan(kind: type, program: str, arguments: Sequence[str], console: Console) -> int:
-    """Compiles the train step of a workload for `--target`, and prints what came of it.
+    """Compiles the train step of a workload for `--target`, and prints what it needs there.
 
     Returns:
       0 if the step fits into the memory there, else 1.
@@ -108,7 +108,7 @@ def compile_step(
         reason = re.search(r"Ran out of memory.{,200}", str(error))
         if not reason:
             raise
-        # The other memory of a TPU, VMEM, is the compiler's to divide: no more of it helps.
+        # A TPU's other memory, VMEM, is divided up by the compiler: more of it would not help.
         hbm = "hbm" in reason[0].lower()
         what = "it does not fit" if hbm else "the compiler fails; another --accumulate may do"
         say(console, f"With {shown} {what}: {reason[0]}")
@@ -122,7 +122,7 @@ def compile_step(
 
 
 def buffers(opt_state: Any) -> Counter[str]:
-    """Bytes on each device by buffer; scalars count for nothing."""
+    """Bytes on each device by buffer; scalars are not counted."""
     found: Counter[str] = Counter()
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
         field = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)][-1]
@@ -132,7 +132,7 @@ def buffers(opt_state: Any) -> Counter[str]:
 
 
 def gradient_bytes(params: Any, parts: int) -> int:
-    """On each device. The parts of a batch are summed in float32."""
+    """Bytes of the gradients on each device. Those of several parts are summed in float32."""
     if parts == 1:
         return per_device(params)
     return per_device(

@@ -19,8 +19,8 @@ def first_step_at(losses: list[tuple[int, float]], target: float) -> int | None:
 
 
 def results_table(runs: Mapping[str, History], steps: int, baseline: str | None = None) -> Table:
-    """A line for each run, and for each set of weights that it was evaluated at; steps saved are
-    counted to the final loss of the run that is named `baseline`."""
+    """A line for each run, and for each set of weights that it was evaluated at. Steps saved are
+    those to the final loss of the run that is named `baseline`."""
     complete = baseline in runs and runs[baseline].done == steps and len(runs) > 1
     goal = runs[baseline].last()["loss"] if complete else None
     metrics = sorted({name for run in runs.values() for name in run.last()}, reverse=True)
@@ -34,10 +34,10 @@ def results_table(runs: Mapping[str, History], steps: int, baseline: str | None 
     result.columns[0].overflow = "fold"
     for column in result.columns[1:]:
         column.justify = "right"
-        column.no_wrap = True  # where it is narrow the names give way, and no digit is lost
+        column.no_wrap = True  # on a narrow terminal names are folded, and no digit is lost
     for name, run in runs.items():
         for weights, evaluated in run.validation.items():
-            if evaluated[-1][0] != run.done:  # y, when it was asked for at first and later not
+            if evaluated[-1][0] != run.done:  # y, if a resumed run no longer evaluates it
                 continue
             label = name if list(run.validation) == ["x"] else f"{name} at {weights}"
             cells = [f"{run.done}", *(f"{run.last(weights)[metric]:.4f}" for metric in metrics)]

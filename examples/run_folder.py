@@ -1,5 +1,5 @@
-"""What the folder of a run says of its flags and its data, and whether they are the same when a
-command comes back to it."""
+"""What the folder of a run records of its flags and its data, and whether they are the same when a
+command resumes it."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 
 def start_over(folder: Path, console: Console) -> None:
-    """Renames a folder that is there, so that nothing in it is lost."""
+    """Renames the folder if it exists, so that nothing in it is lost."""
     if folder.exists() and jax.process_index() == 0:
         renamed = free_name(folder)
         folder.rename(renamed)
@@ -47,8 +47,10 @@ def start_over(folder: Path, console: Console) -> None:
 
 
 def check_run(config: Any) -> None:
-    """Checks that the run folder, if there is one, was begun with this configuration: but for
-    --steps, of which there may be more if nothing else in the run depends on their number.
+    """Checks that the run folder, if there is one, was started with this configuration.
+
+    --steps may be larger, if nothing else in the run depends on it; flags in `config.FREE` do not
+    count.
 
     Raises:
       ValueError: if the folder holds a run with other flags, or one that cannot be made longer.
@@ -86,8 +88,8 @@ def check_run(config: Any) -> None:
 
 
 def lasting(stored: dict[str, Any]) -> dict[str, Any]:
-    """The flags on which each step of a run depends, so that equal ones make equal steps whatever
-    --steps is."""
+    """The flags on which each step of a run depends: where they are equal, so are the steps of two
+    runs, whatever their --steps."""
     known = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in stored["settings"].items() if k in known})
     settings = in_updates(settings, stored["steps"])
@@ -97,7 +99,7 @@ def lasting(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_data(folder: Path, files: Mapping[str, Any]) -> None:
-    """Checks that the data still is what the run was begun with: its tokenizer, its classes.
+    """Checks that the data is still what the run was started with: its tokenizer, its classes.
 
     Raises:
       ValueError: if it has changed since.

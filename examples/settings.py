@@ -1,5 +1,5 @@
-"""The names of the optimizers, their settings and what these start from; and which of them have no
-effect in which optimizer."""
+"""The names of the optimizers, their settings with the defaults, and which settings have no effect
+with which optimizer."""
 
 import dataclasses
 from collections.abc import Collection
@@ -21,7 +21,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of an optimizer. `without_effect` tells which of them it does not have."""
+    """Settings of an optimizer. `without_effect` says which of them do not apply to it."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -34,7 +34,7 @@ class Settings:
     decay: float = 0.2
     """Part of the run in which wsd decays."""
     final: float = 0.0
-    """Learning rate at the end, as a part of the peak; of no effect on constant."""
+    """Learning rate at the end, as a part of the peak; no effect with constant."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices, multiplied by the learning rate."""
     clip: float = 1.0
@@ -52,9 +52,10 @@ class Settings:
     window: float = 0.05
     """GPA, EMA: steps that the average remembers, as a part of the run."""
     average: Literal["annealed", "warmed-up", "constant", "polynomial", "lr-weighted"] = "annealed"
-    """GPA, EMA: whether the window shrinks with the learning rate, starts as a uniform average, is
-    always the same, or grows with the run, also with the iterates of the warmup weighing less, as
-    in Schedule-Free (gpa_optax.averaging)."""
+    """GPA, EMA: annealed shrinks the window with the learning rate; warmed-up starts as a uniform
+    average; constant always has the same window; polynomial grows it with the run, and so does
+    lr-weighted, where the iterates of the warmup weigh less, as in Schedule-Free
+    (gpa_optax.averaging)."""
     power: float = 0.0
     """GPA, EMA: how much more late iterates weigh in a polynomial average; 0 is a uniform one."""
     base_params: Literal["z", "y"] = "z"
@@ -105,8 +106,8 @@ def label(name: Name) -> str:
 def without_effect(
     name: Name, settings: Settings, prefix: str = "--"
 ) -> dict[str, tuple[str, str]]:
-    """The settings that change nothing in this optimizer: for each the choice that makes it so, and
-    the one with which it would matter. The flags of the settings begin with `prefix`."""
+    """The settings that have no effect with this optimizer: for each the choice that makes it so,
+    and the one with which it would matter. The flags of the settings begin with `prefix`."""
     method, base = split(name)
     average, schedule = (f"{prefix}{flag} " for flag in ("average", "schedule"))
     windows = ("annealed", "warmed-up", "constant")
@@ -144,10 +145,10 @@ def without_effect(
 def check_effect(
     name: Name, settings: Settings, given: Collection[str], prefix: str = "--"
 ) -> None:
-    """Checks that of the flags that were given, such as --mu-x, none is without effect.
+    """Checks that each of the flags that were given, such as --mu-x, has an effect.
 
     Raises:
-      ValueError: if one is, whatever its value.
+      ValueError: if one has none, whatever its value.
     """
     for field, (choice, other) in without_effect(name, settings, prefix).items():
         if flag(field, prefix) in given:
@@ -166,11 +167,11 @@ SCALES = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "sgd": 20.0}
 def default_settings(
     name: Name, learning_rate: float, warmup: float, small: bool = False
 ) -> Settings:
-    """Where to start from, with a learning rate that is good for AdamW.
+    """Settings to start from, given a learning rate that is good for AdamW.
 
-    A small model is one like those of benchmarks/, and has the schedule that was best for AdamW
-    there: a line to 0; or for GPA around AdamW twice the learning rate, a longer warmup, and then
-    no schedule.
+    A small model is one like those of benchmarks/. It has the schedule that was best for AdamW
+    there, a line to 0; with GPA around AdamW it has twice the learning rate, a longer warmup, and
+    then a constant rate.
     """
     method, base = split(name)
     values = {"learning_rate": learning_rate * SCALES[base], "warmup": warmup}
@@ -192,18 +193,18 @@ def default_settings(
 
 
 def averages(name: Name) -> bool:
-    """Whether it is evaluated at other weights than the params."""
+    """Whether the optimizer is evaluated at other weights than the params."""
     return split(name)[0] != ""
 
 
 def holds_master_copy(name: Name) -> bool:
-    """Whether bfloat16 params lose no small steps, because the state holds them in float32."""
+    """Whether the state holds bfloat16 params in float32, so that no small steps are lost."""
     return split(name)[0] in ("gpa", "ema")
 
 
 def in_updates(settings: Settings, steps: int) -> Settings:
     """The same settings for a run of `steps` updates, with the parts of the run as numbers of
-    updates and the window as the mu_x that has it: what stays when the run is made longer."""
+    updates and the window as its mu_x: what stays fixed when the run is made longer."""
 
     def number(part: float) -> float:
         return part if part >= 1 else float(round(part * steps))

@@ -1,7 +1,7 @@
 """Where arrays live: a mesh with the axes `data` and `fsdp`, and the rules, all in one place.
 
 Batches are split over both axes. Params, and everything in the optimizer's state that is shaped
-like a param (x, y, moments, momenta), are split over `fsdp` by the same rule and repeated over
+like a param (x, y, moments, momenta), are split over `fsdp` by the same rule and replicated over
 `data`: GPA reads a param and its x on the device that holds both, and adds no communication.
 """
 
@@ -22,14 +22,14 @@ def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices (or of these), of which `fsdp` share a copy of the state.
 
     Raises:
-      ValueError: if the devices cannot be divided so.
+      ValueError: if `fsdp` does not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or len(devices) % fsdp:
         raise ValueError(
             f"--fsdp must divide the number of devices, which is {len(devices)}, got {fsdp}."
         )
-    # Not jax.make_mesh, which refuses most TPUs an fsdp that is a part of an axis of their torus.
+    # Not jax.make_mesh: on most TPUs it refuses an fsdp that is a part of an axis of their torus.
     grid = mesh_utils.create_device_mesh(
         (len(devices) // fsdp, fsdp), devices, allow_split_physical_axes=True
     )
@@ -38,8 +38,8 @@ def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 def partition(path: jax.tree_util.KeyPath, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """Splits the largest axis that `fsdp` divides, but never the one that stacks the blocks: the
-    scan over blocks then gathers one block at a time. Leaves (of one block) under a page (4 KiB) a
-    device are repeated, because moving them costs more than it saves."""
+    scan over blocks then gathers one block at a time. Leaves (of one block) that would have less
+    than a page (4 KiB) per device are replicated, because moving them costs more than it saves."""
     stacked = any(getattr(key, "key", getattr(key, "name", None)) == "blocks" for key in path)
     axes = [axis for axis in range(int(stacked), len(shape)) if shape[axis] % fsdp == 0]
     if fsdp == 1 or not axes or np.prod(shape[int(stacked) :]) < 1024 * fsdp:
@@ -99,11 +99,11 @@ def place(batch: Mapping[str, Any], mesh: Mesh, parts: int | None = None) -> dic
 
 
 def in_order(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A batch (parts, rows of a part, ...) of which each of several processes has every so-manyth
-    row: split over the mesh, with the rows in the order that they have with one process.
+    """A batch (parts, rows of a part, ...) of which process p of n has the rows p, p + n, ...:
+    split over the mesh, with the rows in the order that they have with one process.
 
-    So dropout meets the same rows with any number of processes. One all-to-all moves each row once,
-    which is little beside what a step does with it.
+    So dropout acts on the same rows with any number of processes. One all-to-all moves each row
+    once, which costs little beside the step itself.
     """
     by_process, merge = merging()
     with jax.set_mesh(by_process):
@@ -115,7 +115,7 @@ def in_order(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 @functools.cache
 def merging() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
-    """All devices by process, and what makes one axis of an axis of rows and one of processes."""
+    """A mesh of all devices by process, and what merges an axis of rows with one of processes."""
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     grid = np.array(devices).reshape(jax.process_count(), -1)
     by_process = Mesh(grid, ("process", "device"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -21,8 +21,9 @@ class End(NamedTuple):
 
     @property
     def status(self) -> int:
-        """For the command to exit with. Who sends SIGTERM wants the run to end, and it did, with
-        nothing lost; Ctrl-C is to end a script that goes on with something else, too."""
+        """The exit status of the command. Whoever sends SIGTERM wants the run to end, and it did,
+        with nothing lost. Ctrl-C should also end a script that would continue with something else.
+        """
         return 130 if self.stopped_by == signal.SIGINT else 0
 
 
@@ -35,7 +36,7 @@ class Stop:
 
     manager: ocp.CheckpointManager
     received: signal.Signals | None = None
-    """The signal that asked for it."""
+    """The signal that requested the stop."""
 
     def requested(self, done: int) -> bool:
         if jax.process_count() > 1 and self.manager.reached_preemption(done):

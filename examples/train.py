@@ -1,6 +1,6 @@
 """The training program: `build` defines what is compiled, `train` is the loop around it.
 
-One for every model, optimizer and machine of the examples; README.md has a map of the files.
+It serves every model, optimizer and machine of the examples; README.md has a map of the files.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from examples.workload import Batch, Data, Task
 
 
 class State(NamedTuple):
-    """All that an update changes, and all that a checkpoint holds beside the data's position."""
+    """All that an update changes, and all that a checkpoint holds besides the data's position."""
 
     step: jax.Array
     params: optax.Params
@@ -33,7 +33,7 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled for a run, and the shapes and places of what goes in and out."""
+    """What is compiled for a run, and the shapes and shardings of its inputs and outputs."""
 
     mesh: Mesh
     optimizer: Optimizer
@@ -96,7 +96,7 @@ def build(config: OneRun, task: Task, mesh: Mesh) -> Program:
 def accumulate(value_and_grad: Callable, params: optax.Params, batch: Batch, keys: jax.Array):
     """Mean of the loss and the gradient over the parts of a batch, which lie along its first axis.
 
-    Sums are float32, also of bfloat16 gradients.
+    Sums are in float32, even those of bfloat16 gradients.
     """
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     if len(keys) == 1:
@@ -121,7 +121,7 @@ def train(config: OneRun, task: Task, data: Data, mesh: Mesh, report: Report, **
       task: model and loss.
       data: training and validation examples.
       mesh: the devices; see `sharding.make_mesh`.
-      report: is told everything that is measured.
+      report: receives everything that is measured.
       how: passed on to `data`, such as the length of its sequences.
 
     Raises:
@@ -179,7 +179,7 @@ def train(config: OneRun, task: Task, data: Data, mesh: Mesh, report: Report, **
             if done % config.evaluate_every == 0 or done == config.steps:
                 report.flush(done)  # so that evaluating is no part of a step's time
                 values = evaluate()
-                report.evaluated(done, values)  # before a checkpoint says that it need not be again
+                report.evaluated(done, values)  # first: after the checkpoint it is not repeated
                 checkpoints.save(manager, done, state, batches, values["x"]["loss"])
         report.flush(done)
         if done != manager.latest_step():

@@ -22,7 +22,7 @@ class Task(NamedTuple):
     unit: str
     """What throughput counts: tokens or images."""
     units: int
-    """How many of them an example has."""
+    """How many tokens or images an example has."""
 
 
 class Data(Protocol):
@@ -32,15 +32,14 @@ class Data(Protocol):
     files: Mapping[str, Any]
     """What has to be stored with a run to use its weights, as JSON, by name of file."""
     without_effect: Mapping[str, str]
-    """The flags that change nothing about this data, such as --data.held-out, each with what makes
-    it so."""
+    """The flags that have no effect on this data, such as --data.held-out, each with the reason."""
 
     def train(
         self, batch_size: int, seed: int, process_index: int, process_count: int, **how: Any
     ) -> grain.DatasetIterator:
         """The rows process_index, process_index + process_count, ... of each batch. The batches
-        depend on `batch_size`, `seed` and `how` alone; the states of all processes, merged into one
-        dict, are a state for each of any other number of processes."""
+        depend on `batch_size`, `seed` and `how` alone. The iterator states of all processes, merged
+        into one dict, can be restored by each of any other number of processes."""
 
     def validation(
         self,

@@ -29,7 +29,7 @@ MaskOrFn = Any
 
 def _check_mask(name: str, mask: MaskOrFn) -> None:
     """ValueError for a bare boolean, which is what `optax.inject_hyperparams` makes of a function:
-    it takes all of them for schedules, and calls them with the step count."""
+    it takes every function for a schedule, and calls it with the step count."""
     if isinstance(mask, (bool, np.bool_, np.ndarray, jax.Array)):
         raise ValueError(
             f"{name} must be a tree of booleans like the params, or a function that makes one of "
@@ -68,8 +68,7 @@ def annealed_adamw(
     AdamW's. It is `gpa_adamw` with ``b1=0`` and `averaging.annealed`; use those for another
     schedule.
 
-    Twice the learning rate that is good for AdamW and a fifth of the run as warmup is where to
-    start from.
+    Start from twice the learning rate that is good for AdamW, with a fifth of the run as warmup.
 
     Args:
       learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.
@@ -174,7 +173,7 @@ def anytime_adamw(
     float32 params the state is as large as AdamW's. It is `gpa_adamw` with ``b1=0`` and
     `averaging.lr_weighted`; use those for another schedule.
 
-    Twice the learning rate that is good for AdamW is where to start from.
+    Start from twice the learning rate that is good for AdamW.
 
     Args:
       learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.
@@ -327,7 +326,7 @@ def gpa_adamw(
 
 
 def _is_zero(value: jax.typing.ArrayLike) -> bool:
-    """Whether it is a Python 0; an array may change, and the form of the state must not."""
+    """Whether the value is a Python 0; an array may change, and the state's structure must not."""
     return isinstance(value, (int, float)) and value == 0
 
 

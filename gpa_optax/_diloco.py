@@ -106,7 +106,7 @@ def single_worker_diloco(
     if not is_traced(sync_period):
         if sync_period > jnp.iinfo(jnp.int32).max:
             raise ValueError(f"sync_period must fit into int32, got {sync_period!r}. {remedy}")
-        sync_period = int(sync_period)  # counts are compared with a float in float32, up to 2^24
+        sync_period = int(sync_period)  # with a float, counts compare in float32, exact to 2^24
     if callable(outer_learning_rate):
         check_learning_rate("outer_learning_rate", outer_learning_rate)
     else:
@@ -119,7 +119,7 @@ def single_worker_diloco(
 
     def init_fn(params: optax.Params) -> SingleWorkerDiLoCoState:
         check_params(params)
-        # Copies all: params and state are both donated to the training step.
+        # Copies every leaf: params and state are both donated to the training step.
         slow = jax.tree.map(lambda p: jnp.array(p, stored_dtype(p), copy=True), params)
         return SingleWorkerDiLoCoState(
             count=jnp.zeros([], jnp.int32),

@@ -35,7 +35,7 @@ class GPAState(NamedTuple):
 
     Attributes:
       count: number of updates so far; an int32 scalar that stops at its largest value.
-      last_mu_y: the ``mu_y`` of the last update, a scalar, with which z comes back; 0 before the
+      last_mu_y: the ``mu_y`` of the last update, a scalar, with which z is recovered; 0 before the
         first.
       x: the average, a tree like the params, in the state's dtype.
       y: the params at the state's dtype, a tree like the params, when any of them is narrower than
@@ -120,7 +120,7 @@ def gpa(
       state_dtype: the dtype of x, and of y when the params are narrower than it. Default: float32
         for params narrower than that, else the params' own. The base optimizer runs at the wider of
         the params' and this dtype. Complex params have complex x of the same precision. In bfloat16
-        x stalls where ``1 - mu_x`` is not well above its resolution, 1/256.
+        x stalls unless ``1 - mu_x`` is well above bfloat16's resolution, 1/256.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state is a `GPAState`. ``update`` needs
@@ -156,8 +156,8 @@ def gpa(
       give it ``hyperparam_dtype=jnp.float32``, or ``mu_x`` is rounded to two digits. It takes
       callables for schedules, so name ``state_dtype`` in its ``static_args`` if you give one.
 
-      `optax.tree.map_params` asks ``init`` for the form of the state without telling it dtypes. It
-      expects ``y`` to be None, unless ``state_dtype`` is given: give ``state_dtype=jnp.float32``
+      `optax.tree.map_params` asks ``init`` for the structure of the state without giving it dtypes.
+      It expects ``y`` to be None, unless ``state_dtype`` is given: give ``state_dtype=jnp.float32``
       when you use it with bfloat16 params.
 
       Params and state can be donated together. A base that stores one array twice, as
@@ -183,7 +183,7 @@ def gpa(
 
     def init_fn(params: optax.Params) -> GPAState:
         check_params(params)
-        # Copies all: params and state are both donated to the training step.
+        # Copies every leaf: params and state are both donated to the training step.
         y = jax.tree.map(lambda p: jnp.array(p, full_dtype(p, state_dtype), copy=True), params)
         return GPAState(
             count=jnp.zeros([], jnp.int32),
@@ -275,11 +275,12 @@ def _average_leaf(
     mu_y: jax.Array,
     y_is_stored: bool,
 ) -> _Leaf:
-    """The second and third equation for one leaf; `step`, which is z' - z, is the first.
+    """The second and third equations for one leaf; `step`, which is z' - z, is the first.
 
-    They stand as differences, because z is kept nowhere but in y: written as sums, y' would be
-    rounded to the same side again and again, and z would drift with the number of steps instead of
-    its root. x' is rounded as it is stored before y' is made of it, for the same reason.
+    They are written as differences, because z is kept nowhere but in y. Written as sums, they would
+    round y' to the same side again and again, and z would drift with the number of steps instead of
+    its square root. For the same reason x' is rounded to its stored dtype before y' is computed
+    from it.
     """
     step = jnp.asarray(step, y.dtype)
     wide_x, gap = x.astype(y.dtype), _gap(x, y, last_mu_y)
@@ -303,14 +304,15 @@ def _in_one_kernel(
 ) -> _Leaf:
     """The same x', y' and update, in the form that takes one kernel and no temporary memory.
 
-    A CPU: kernels of XLA's backend write one array each, and for `new_x` as it stands the base's
-    steps of all leaves would be kept in memory. As the point between x and y' it needs none.
+    On a CPU, each of XLA's kernels writes one array, and to compute `new_x` as it is given the
+    base's steps for all leaves would be kept in memory. Computed as a point between x and y', it
+    needs no memory for them.
 
-    A TPU: x', y' and a narrow parameter are written by one kernel if each is made of the one
-    before, but not if y' is read for both others. So the parameter is made by way of x'.
+    On a TPU, one kernel writes x', y' and a narrow parameter if each is computed from the one
+    before, but not if both of the others read y'. So the parameter is computed by way of x'.
     """
     new_y = y + change
-    if x.dtype == y.dtype:  # a narrower x' is rounded, and y' was made of it: it stays
+    if x.dtype == y.dtype:  # a narrower x' is kept: it is rounded, and y' was computed from it
         new_x = lerp(x, new_y, weight_of_y)
     if not y_is_stored:
         return _Leaf(new_x, new_y, change)
@@ -324,6 +326,6 @@ def _mu_at(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typin
 
 
 def _one_minus(mu: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    # For a constant the subtraction is Python's, in float64; an AveragingSchedule never forms mu,
-    # of which float32 keeps too few digits near 1.
+    # For a constant the subtraction is Python's, in float64. An AveragingSchedule never forms mu:
+    # near 1 float32 keeps too few digits of it.
     return mu.weight(count) if isinstance(mu, AveragingSchedule) else 1 - _mu_at(mu, count)

@@ -37,12 +37,12 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     every other wrapper (`optax.flatten` of all params, but not of a part of them); in a
     `flax.nnx.Optimizer` or a `flax.training.train_state.TrainState`, whole or their ``opt_state``.
     For `single_worker_diloco` it gives the slow weights. Before the first update it gives the
-    params, from which x starts. A state that is left as dicts, such as `flax.nnx.state` gives, or a
-    checkpoint restored without the form of the state, is read too, if the params are dicts and GPA
-    covers every leaf.
+    params, from which x starts. A state that has become dicts, as `flax.nnx.state` gives it or as a
+    checkpoint restored without the structure of the state, is read too, if the params are dicts and
+    GPA covers every leaf.
 
-    Running statistics, such as BatchNorm's, are not params: they belong to y. Compute them again at
-    x, by some forward passes over training data, before a model that has them is evaluated there.
+    Running statistics, such as BatchNorm's, are not params: they belong to y. Recompute them at x,
+    with some forward passes over training data, before you evaluate a model that has them at x.
 
     Args:
       opt_state: the optimizer's state, or anything that holds it and is a pytree.
@@ -168,7 +168,7 @@ def _read(state: Any, stored: Any, params: optax.Params) -> list[Any]:
 
 
 def _has_started(count: Any) -> bool:
-    """Whether all is known to have had an update, so that the state's own arrays can be given."""
+    """Whether every count is known to be above 0, so that the state's own arrays can be given."""
     return not is_traced(count) and bool(np.all(np.asarray(count) > 0))
 
 
@@ -191,7 +191,7 @@ def _find(opt_state: Any, kinds: tuple[type, ...]) -> list[Any]:
 
 
 def _as_state(node: Any, kinds: tuple[Any, ...]) -> Any:
-    """The node, if it is a state of these kinds, or the dict that is left of one; else None."""
+    """The node as a state, if it is one of these kinds or a dict of its fields; else None."""
     for kind in kinds:
         if isinstance(node, kind):
             return node

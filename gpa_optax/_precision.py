@@ -1,4 +1,4 @@
-"""Dtypes: what the state stores, what is computed at, and what the params get back."""
+"""Dtypes: what the state stores, what updates are computed in, and what the params get back."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def stored_or_given(count: jax.typing.ArrayLike, stored: Any, params: optax.Para
 
 
 def _leading(count: jax.typing.ArrayLike, leaf: jax.Array) -> jax.Array:
-    """The count of each member of an ensemble, whose axes lead, against a leaf of all members."""
+    """The counts of an ensemble, whose axes lead, in a shape that broadcasts with `leaf`."""
     return jnp.reshape(count, jnp.shape(count) + (1,) * (jnp.ndim(leaf) - jnp.ndim(count)))
 
 

@@ -1,4 +1,4 @@
-"""GPA in trainers that others wrote: is it used rightly there, and how to get x out of it."""
+"""GPA in trainers written by others: checking that they use it correctly, and ending at x."""
 
 from typing import Any, NamedTuple
 
@@ -28,13 +28,13 @@ def end_at_x(
 ) -> optax.GradientTransformationExtraArgs:
     """Lands the params on the average x with the last update of a run.
 
-    For functions that train and return the params alone, from which `eval_params` cannot be read
-    any more. Before the last update nothing differs from ``optimizer``. Training that goes on after
-    it starts over at x, where y and z are then as well; with params narrower than float32 it goes
-    on from the y that the state stores.
+    For functions that train and return only the params, without the state that `eval_params` needs.
+    Before the last update nothing differs from ``optimizer``. Training that continues after it
+    starts over at x, where y and z are then as well; with params narrower than float32 it continues
+    from the y that the state stores.
 
     Args:
-      optimizer: an optimizer that contains `gpa` (or `single_worker_diloco`), with all that stands
+      optimizer: an optimizer that contains `gpa` (or `single_worker_diloco`), including everything
         around it.
       steps: the number of calls of ``update`` in the whole run, at least 1. Around
         `optax.MultiSteps` these are its micro-steps.
@@ -83,27 +83,27 @@ def end_at_x(
 
 
 def check_step(before: tuple[Any, optax.Params], after: tuple[Any, optax.Params]) -> None:
-    """Finds out whether a trainer uses GPA rightly, from one of its steps.
+    """Checks, from one of its steps, whether a trainer uses GPA correctly.
 
     GPA's update must be the last thing that touches the params. Whatever scales it, adds to it or
-    moves the params otherwise breaks z, and nothing else tells. It shows in two successive states:
-    x' lies between x and z', at the same part of the way, ``1 - mu_x``, in every entry of every
-    leaf. Where the state stores y, the params are its cast.
+    moves the params in another way breaks z without any other sign. It shows in two successive
+    states: after a correct step x' lies between x and z', at the same part of the way,
+    ``1 - mu_x``, in every entry of every leaf. Where the state stores y, the params are its cast.
 
-    What moved the params before the step, such as training on from x, does not show: the step
-    itself is right then. A scale that is the same for all leaves does not show in the first update
-    of a run, where x, y and z start from one point, nor where all entries of the params move along
-    one line, as a model of a few params may late in a run. Check an early one after the first, of a
-    learning rate that is not 0.
+    Whatever moved the params before the step, such as continuing from x, does not show: the step
+    itself is then correct. A scale that is the same for all leaves does not show in the first
+    update of a run, where x, y and z start from one point, nor where all entries of the params move
+    along one line, as those of a model with few params may late in a run. Check an early step, but
+    not the first, with a learning rate that is not 0.
 
     Args:
       before: the optimizer's state and the params before a step, as for `eval_params`. Copy them
         first where the training step donates them: ``jax.tree.map(jnp.copy, (opt_state, params))``.
-      after: both after the next step. A step that changed nothing passes, such as one that
+      after: both after that step. A step that changed nothing passes, such as one that
         `optax.apply_if_finite` left out, or one within `optax.MultiSteps`.
 
     Raises:
-      ValueError: if the step was not GPA's alone; the sentence names the leaf and the likely cause.
+      ValueError: if the step was not GPA's alone; the message names the leaf and the likely cause.
         Also if the states are not of successive updates, or there is no `gpa` in them.
 
     Examples:
@@ -174,7 +174,7 @@ def _check_one(
             )
     if new_count == old_count:
         return
-    # In units of what rounding does to the entry: z comes back from x' and y'.
+    # In units of the rounding error of each entry, where z is recovered from x' and y'.
     ways, parts = [], []
     for old, new in zip(old_leaves, new_leaves, strict=True):
         x, new_x, y, z = map(_wide, (old.x, new.x, new.y, new.z))
@@ -192,7 +192,7 @@ def _check_one(
 
 
 def _slope(ways: list[np.ndarray], parts: list[np.ndarray]) -> float:
-    """The part of the way that was made in all entries, by least squares."""
+    """The part of the way that was covered, one number for all entries, by least squares."""
     whole = sum(np.vdot(way, way).real for way in ways)
     return sum(np.vdot(w, p).real for w, p in zip(ways, parts, strict=True)) / whole if whole else 0
 
@@ -210,7 +210,7 @@ def _wide(leaf: Any) -> np.ndarray:
 
 
 def _smallest(leaf: Any) -> float:
-    """The distance of two numbers of the leaf's dtype near 0; float16's is 6e-8."""
+    """The distance between neighbouring numbers of the leaf's dtype near 0; float16's is 6e-8."""
     return float(jnp.finfo(jnp.result_type(leaf)).smallest_subnormal)
 
 

@@ -35,7 +35,7 @@ def check_schedule(name: str, schedule: Callable[..., Any], example: str) -> Non
     """TypeError for a function that does not take the step count, such as `averaging.uniform`."""
     try:
         signature = inspect.signature(schedule)
-    except (TypeError, ValueError):  # a builtin that does not tell
+    except (TypeError, ValueError):  # a builtin without a signature
         return
     try:
         signature.bind(0)
@@ -56,15 +56,15 @@ def check_mu(name: str, mu: Any) -> None:
     """`mu_x` and `mu_y` lie in [0, 1), schedules at their start; traced values pass."""
     if callable(mu):
         check_schedule(name, mu, "averaging.uniform()")
-        # Also where this is called under a trace. `averaging.from_diloco`, which is no schedule but
-        # takes a number as well, shows here.
+        # Concrete, even when this is called under a trace. `averaging.from_diloco`, which is no
+        # schedule but also takes a number, is caught here.
         with jax.ensure_compile_time_eval():
             mu = mu(0)
         name = f"{name}(0)"
     if is_traced(mu):
         return
     remedy = "Give a float in [0, 1), such as mu_x=0.9967 and mu_y=0.7, or an optax schedule."
-    # In float32, because the state keeps mu_y in it; what overflows there is out of range anyway.
+    # In float32, as the state stores mu_y. Values that would overflow it are out of range anyway.
     if name.startswith("mu_y") and np.float32(min(check_number(name, mu, remedy), 2.0)) == 1:
         raise ValueError(
             f"{name} must be below 1, got {mu!r}: with mu_y = 1 the params y equal the average x, "
@@ -103,7 +103,7 @@ def check_concrete(name: str, value: Any, remedy: str) -> None:
 
 
 def check_peak(name: str, value: Any, with_schedules: str) -> None:
-    """A learning rate of which the schedule is made: a positive number, or traced."""
+    """Checks the learning rate that a schedule is made from: a positive number, or traced."""
     if callable(value):
         raise TypeError(
             f"{name} must be a number, of which the schedule is made, got {value!r}. Give the "
@@ -113,14 +113,14 @@ def check_peak(name: str, value: Any, with_schedules: str) -> None:
 
 
 def check_steps(name: str, value: Any, low: int) -> None:
-    """A number of steps from which a schedule is made."""
+    """Checks a number of steps that a schedule is made from: a concrete whole number."""
     remedy = "Give a whole number of updates"
     check_concrete(name, value, f"{remedy}; in optax.inject_hyperparams name it in static_args.")
     check_at_least(name, value, low, f"{remedy}.", whole=True)
 
 
 def check_window(window: Any) -> None:
-    """The part of a run that an average remembers."""
+    """Checks the part of a run that an average remembers: in (0, 1], or traced."""
     remedy = "Give the part of the run that the average remembers, such as 0.05."
     check_positive("window", window, remedy)
     if not is_traced(window) and window > 1:
@@ -136,7 +136,7 @@ def check_transformation(name: str, optimizer: Any) -> None:
 
 
 def check_muon(muon: Callable[..., Any]) -> None:
-    """ImportError for Optax' muon of before 0.2.8, the first with all of `gpa_muon`'s arguments."""
+    """ImportError for a muon from before Optax 0.2.8, which lacks arguments of `gpa_muon`."""
     if "preconditioning" not in inspect.signature(muon).parameters:
         raise ImportError(
             f"gpa_muon needs optax 0.2.8 or newer; this is optax {optax.__version__}. Give gpa the "
@@ -184,7 +184,7 @@ _LEAVE_OUT = (
 def check_update(
     caller: str, kind: type, updates: Any, state: Any, params: Any, reference: str
 ) -> None:
-    """What `update` is given: a state of this kind, and trees like its field `reference`."""
+    """Checks what `update` is given: a state of this kind, and trees like its field `reference`."""
     if not isinstance(state, kind):
         raise TypeError(
             f"{caller} needs a {kind.__name__} in update, got {_told(state)}. Give the state that "
@@ -205,7 +205,7 @@ def _told(value: Any) -> str:
 
 
 def check_no_value_fn(extra_args: dict[str, Any]) -> None:
-    """ValueError for what a base needs that evaluates the loss around the params it is given."""
+    """ValueError for `value_fn`, with which a base evaluates the loss around its params."""
     if "value_fn" in extra_args:
         raise ValueError(
             "update got value_fn, for a base optimizer that evaluates the loss around its params, "

@@ -204,11 +204,11 @@ def polynomial(power: float) -> AveragingSchedule:
 
 
 def _continued(table: Any, power: float) -> AveragingSchedule:
-    """The weights of a table first; from then on iterates weigh as (t + 1)^power.
+    """First the weights of a table; after it, iterates weigh as (t + 1)^power.
 
-    A weight is 1 over the sum of (k / n)^power that ends with its own iterate, n. The table is
-    prolonged until the Euler-Maclaurin formula for that sum is exact to float32: its error is of
-    order (power / n)^5 / 30000.
+    The weight of iterate n is 1 over the sum of (k / n)^power up to k = n. The table is extended
+    until the Euler-Maclaurin formula for that sum is exact to float32: its error is of order
+    (power / n)^5 / 30000.
     """
 
     def euler_maclaurin(n):
@@ -296,7 +296,7 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
     check_learning_rate("learning_rate", learning_rate)
     remedy = "Give the schedule's largest value."
     check_positive("peak", peak, remedy)
-    # The first 256 steps, and then points that are 2 % apart, of a million.
+    # The first 256 steps, and then points that are 2 % apart, up to a million.
     rates = _sampled(learning_rate, np.append(np.arange(256), np.geomspace(256, 1e6, 420)))
     if not is_traced(rates) and not is_traced(peak):
         highest = np.max(np.asarray(rates, np.float64))
@@ -314,7 +314,7 @@ def annealed(mu_x: float, learning_rate: optax.Schedule, peak: float) -> Averagi
 
 
 def _sampled(schedule: optax.Schedule, counts: np.ndarray) -> Any:
-    """The schedule's values: numbers also under a trace, unless the schedule depends on it."""
+    """The schedule's values: concrete even under a trace, unless they depend on traced values."""
     with jax.ensure_compile_time_eval():
         return jax.vmap(schedule)(jnp.asarray(counts, jnp.int32))
 
@@ -337,7 +337,7 @@ def lr_weighted(
     The learning rate is read for the first ``warmup_steps`` + 1 steps, when the schedule is made;
     afterwards the largest of these values counts, so the schedule stays a function of the count.
 
-    ScheduleFree+ has :math:`r` of 0 or 2, and starts the average once or twice the warmup later.
+    ScheduleFree+ has :math:`r` of 0 or 2, and starts the average at one or two times the warmup.
 
     Args:
       learning_rate: the schedule that the base optimizer uses (or its constant value). Its scale

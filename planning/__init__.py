@@ -1,1 +1,1 @@
-"""Compiling for machines that are not here, and reading what came of it."""
+"""Ahead-of-time compilation for machines that are not here, and reading the compiled programs."""

@@ -39,7 +39,7 @@ class Traffic(NamedTuple):
     executions: Counter[Collective]
     """How often each is executed when the program runs once."""
     unknown_loops: int
-    """Loops with collectives whose iterations are not known; they are taken for one."""
+    """Loops with collectives whose number of iterations is not known; it is taken to be one."""
 
     def total(self, kind: str) -> tuple[int, int]:
         """Executions and bytes of a kind."""
@@ -94,8 +94,8 @@ def read(hlo: str) -> tuple[dict[str, Computation], str]:
 def traffic(hlo: str) -> Traffic:
     """Counts the collectives of an optimized HLO module.
 
-    Pairs of a start and a done count once, the collectives in a loop as often as it turns; of the
-    branches of a conditional the one that sends the most counts.
+    A start and its done count once, and the collectives in a loop as often as the loop iterates. Of
+    the branches of a conditional, the one that sends the most counts.
 
     Args:
       hlo: `jax.stages.Compiled.as_text()`.
@@ -107,8 +107,8 @@ def traffic(hlo: str) -> Traffic:
         nonlocal unknown
         computation = computations[name]
         found: Counter[Collective] = Counter()
-        # In a chain of fusions a TPU carries on one collective beside other work; each fusion
-        # repeats its instruction. It counts where it starts.
+        # On a TPU a chain of fusions carries one collective along beside other work, and each
+        # fusion repeats its instruction. It counts in the fusion where it starts.
         starts = any('"AsyncCollectiveStart"' in i.attributes for i in computation.values())
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
@@ -139,7 +139,7 @@ def bytes_of(executions: Counter[Collective]) -> int:
 
 
 def size(instruction: Instruction, computation: Computation) -> int:
-    """The larger of what goes in and what comes out, which for a start is what its done gives."""
+    """Bytes of the operands or of the results, the larger; a start's result is that of its done."""
     results = [instruction.shape]
     if instruction.opcode.endswith("-start"):
         results = [i.shape for i in computation.values() if instruction.name in i.operands]
@@ -160,8 +160,8 @@ def array_bytes(shape: str) -> int:
 def trip_count(
     loop: Instruction, outside: Computation, computations: dict[str, Computation]
 ) -> int | None:
-    """How often a loop turns: as the compiler noted, or else from its counter's start, step and
-    limit, if these are constants."""
+    """How often a loop iterates: as the compiler noted, or else from its counter's start, step and
+    limit, if these are constants; None if neither is known."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     condition, body = (computations[loop.called(key)[0]] for key in ("condition", "body"))

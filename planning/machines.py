@@ -1,7 +1,7 @@
-"""Machines that are not here, to compile for.
+"""Ahead-of-time compilation for machines that are not here.
 
-The compilers of TPUs and NVIDIA GPUs run on any CPU: given the description of a machine they make
-the program that it would run, of which the sizes of its buffers and its collectives can be read.
+The compilers for TPUs and NVIDIA GPUs run on any CPU. Given the description of a machine, they
+produce the program that it would run, from which buffer sizes and collectives can be read.
 """
 
 import importlib.metadata
@@ -18,11 +18,12 @@ from jax.experimental import topologies
 
 GIB = 2**30
 UNITS = [(GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")]
-# GiB of memory that a program may use on one chip: what the TPU compiler of libtpu 0.0.42 gives as
-# available HBM when it refuses one that is too large. cloud.google.com/tpu/docs/system-architecture
-# has 32, 16, 95 and 32 in all.
+# GiB of memory that a program may use on one chip: the available HBM that libtpu 0.0.42's compiler
+# reports when it refuses a program that is too large. cloud.google.com/tpu/docs/system-architecture
+# lists 32, 16, 95 and 32 in all.
 TPUS = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-# cloud.google.com/tpu/docs/v5e and /v6e; the other two are boxes, of multiples of 4 when large.
+# cloud.google.com/tpu/docs/v5e and /v6e. Topologies of the other two chips are boxes, whose sides
+# are multiples of 4 when they are large.
 FLAT = {"1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"}
 SMALL_BOXES = {"2x2x1", "2x2x2", "2x2x4", "2x4x4"}
 GPUS = {"h100": Path(__file__).parent / "targets" / "h100.textproto"}
@@ -34,9 +35,9 @@ class Target(NamedTuple):
     platform: str
     devices: Sequence[jax.Device]
     memory: float | None
-    """GiB of one device that a program can have, if known."""
+    """GiB of a device's memory that a program can use, if known."""
     compiler: str
-    """The package that has it."""
+    """The package that the compiler is in, and its version."""
 
 
 def find(target: str) -> Target:
@@ -131,8 +132,8 @@ def topology(target: str, platform: str, name: str, **options: Any) -> Sequence[
 
 
 def compile_for(target: Target, jitted: Any, *arguments: Any) -> jax.stages.Compiled:
-    """The program that the target would run, from shapes of its arguments; those without a sharding
-    lie on the first device."""
+    """The program that the target would run, compiled from the shapes of its arguments. Arguments
+    without a sharding are on the first device."""
     first = jax.sharding.SingleDeviceSharding(target.devices[0])
     arguments = jax.tree.map(
         lambda leaf: leaf if leaf.sharding else leaf.update(sharding=first), arguments
@@ -141,7 +142,7 @@ def compile_for(target: Target, jitted: Any, *arguments: Any) -> jax.stages.Comp
 
 
 def amount(size: float) -> str:
-    """1.50 GiB, or in MiB or KiB what is small."""
+    """Bytes as text, such as 1.50 GiB; small sizes are in MiB or KiB."""
     unit, name = next((u for u in UNITS if abs(size) >= u[0] / 10), UNITS[-1])
     return f"{size / unit:.2f} {name}"
 

@@ -1,4 +1,4 @@
-"""What came of compiling a training step for a machine, for people to read."""
+"""Reports on a training step that was compiled for a machine, for people to read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ from planning.machines import GIB, Target, amount
 def show_memory(
     memory: Any, held: Mapping[str, int], gradients: int, target: Target, console: Console
 ) -> bool:
-    """Prints where the memory of a device goes; whether it is enough.
+    """Prints where the memory of a device goes; returns whether it is enough.
 
     Args:
       memory: `jax.stages.Compiled.memory_analysis()`, of a training step.
       held: bytes of params and of each buffer of the optimizer.
-      gradients: bytes of them.
+      gradients: bytes of the gradients.
       target: the machine.
-      console: where to.
+      console: where to print.
     """
     temporary = memory.temp_size_in_bytes
     other = memory.argument_size_in_bytes - sum(held.values())
@@ -63,7 +63,7 @@ def show_memory(
 
 
 def show_traffic(found: dict[str, Traffic], console: Console) -> None:
-    """Prints the collectives of a step, and the difference if there are two; by optimizer."""
+    """Prints the collectives of a step with each optimizer, and the difference if there are two."""
     if not any(sent.executions for sent in found.values()):
         console.print("The devices send each other nothing.")
         return

@@ -1,11 +1,11 @@
-"""Measures this library on a GPU: whether it is right there, what an update and a training step
-cost, and what it brings.
+"""Measures this library on a GPU: whether its results are right, what an update and a training step
+cost, and what GPA gains.
 
     python -m benchmarks.accelerator --minutes 8
 
 Each part rewrites its file of results after each measurement; what a file in the folder has from
-the same device, code and versions is not measured again. The parts share the time; what one does
-not need, the next ones have.
+the same device, code and versions is not measured again. The parts share the time; time that one
+does not need goes to the next ones.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from benchmarks.accelerator.worker import NO_GPU, PARTS, work
 from benchmarks.corpus import FOLDER as FOLDER_OF_TEXT
 
 FOLDER = Path("benchmarks/results/accelerator")
-# What JAX takes of a GPU's memory when it first meets it; the second is the older name.
+# The part of a GPU's memory that JAX takes when it first uses it; the second is the older name.
 MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-# Seconds that a part may go on after its time, with the measurement in hand.
+# Seconds that a part may continue after its time, to end the measurement in progress.
 GRACE = 60.0
 
 

@@ -1,12 +1,12 @@
-"""What GPA brings by the length of the run and the size of the model: many members at once.
+"""What GPA gains by the length of the run and the size of the model: many members at once.
 
-AdamW with a line to 0, the two forms that the README offers, and Schedule-Free, each at as many
-learning rates and on the same seeds: one group of members an optimizer, trained at once. The first
-seed tunes, with the fifth if there are so many; the others are shown. Members are stored one by one
-in members.jsonl, and those that are there are not made again.
+AdamW with a line to 0, the two forms that the README offers, and Schedule-Free, each at equally
+many learning rates and on the same seeds: one group of members per optimizer, trained at once. The
+first seed is for tuning, and so is the fifth if there are that many; the others are shown. Members
+are stored one by one in members.jsonl, and those that are stored are not trained again.
 
-How fast the device is, is measured by what was trained so far; only groups that will end in the
-time that is left are begun, with as many seeds as fit.
+The speed of the device is measured on what was trained so far. Only groups that will end in the
+time that is left are started, with as many seeds as fit.
 """
 
 import concurrent.futures
@@ -43,7 +43,7 @@ SEEDS = (TUNING[0], *FRESH[:3], TUNING[1], *FRESH[3:6])
 COMPILERS = 8
 FILE = "members.jsonl"
 MEMBER = "a member, trained with as many as fit"
-# Of the corpus, held out and not: to compile for a machine that is not here.
+# Of the corpus, for training and held out: to compile for a machine that is not here.
 TOKENS = (77_064_062, 7_533_237)
 GOALS = {
     "0.125M, 1,000 steps": 0.20, "0.125M, 4,000 steps": 0.15, "0.125M, 8,000 steps": 0.10,
@@ -58,7 +58,7 @@ class Size(NamedTuple):
     """Learning rates of AdamW."""
     steps: tuple[int, ...]
     seeds: tuple[int, ...] = (8, 4, 2)
-    """So many, if they fit in the time, or fewer."""
+    """How many seeds: the first of these numbers that fits in the time."""
     at_once: int = 32
     """Members that fit into the memory of an H100."""
 
@@ -117,14 +117,14 @@ def members(measurement: str, optimizer: str, seeds: Sequence[int] = SEEDS) -> l
 
 
 def step(workload: Workload) -> Work:
-    """Of one step of one member, with AdamW and GPA."""
+    """The work of one step of one member, with AdamW and GPA."""
     params = entries(shapes(workload.model))
     passes = backward(workload.model, workload.batch_size, workload.length, params)
     return passes.more(params * 4 * (9 + 1))
 
 
 def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]:
-    """On paper: one member."""
+    """The work of one member, on paper."""
     size, steps = parsed(measurement)
     one = step(size.workload)
     work = one._replace(bytes=steps * one.bytes, operations=steps * one.operations)
@@ -144,7 +144,7 @@ def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 def programs_of(
     group: Sequence[Member], train: int, held_out: int
 ) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Those of a group, on so many tokens."""
+    """The programs of a group, for these numbers of training and held-out tokens."""
     like, count = ensemble.structure(group[0]), len(group)
     batch, length = like.workload.batch_size, like.workload.length
     initial, advance, evaluate = ensemble.program(like, count > 1, False)
@@ -171,7 +171,8 @@ def programs_of(
 
 
 def groups(measurement: str, seeds: int, made: Container[Member] = ()) -> list[list[Member]]:
-    """What is trained at once, without what was made, so that seeds are complete early."""
+    """The groups that are trained at once, without members that were made; some seeds with all
+    optimizers before the next seeds, so that seeds are complete early."""
     size, _ = parsed(measurement)
     at_once = max(1, size.at_once // len(size.rates))
     found = []
@@ -248,7 +249,7 @@ class Training:
         return groups(measurement, parsed(measurement)[0].seeds[0], self.made)
 
     def seconds(self, group: Sequence[Member], peaks: Peaks | None) -> float:
-        """How long a group will take: as on paper, times how much longer those before took."""
+        """How long a group will take: as on paper, times how much longer earlier groups took."""
         workload, paper = group[0].workload, on_paper(group, peaks)
         known = self.slowdown.get(workload, max(self.slowdown.values(), default=2.0))
         return 1.1 * known * paper
@@ -267,7 +268,7 @@ class Training:
         return fewest[: sum(total <= left for total in takes)]
 
     def compile_ahead(self, some: Sequence[Sequence[Member]]) -> None:
-        """Begins to compile what will train these groups, in the background."""
+        """Starts to compile the programs of these groups, in the background."""
         for group in some:
             key = ensemble.structure(group[0]), len(group)
             if key not in self.compiled:
@@ -289,20 +290,20 @@ class Training:
 
 
 def compile_program(jitted: Any, arguments: tuple[Any, ...]) -> None:
-    """jax keeps the compiled program, and takes it when `jitted` is called."""
+    """Compiles a program; JAX keeps it, and uses it when `jitted` is called."""
     jitted.lower(*arguments).compile()
 
 
 def on_paper(group: Sequence[Member], peaks: Peaks | None) -> float:
-    """Seconds; of a device of which nothing is known, those of an H100."""
+    """Seconds that a group takes on paper; for an unknown device, those on an H100."""
     seconds = step(group[0].workload).seconds(peaks or PEAKS["H100"])
     assert seconds is not None
     return len(group) * group[0].steps * seconds
 
 
 def contrasts(measurement: str, made: Store | Mapping[Member, Result]) -> dict[str, dict[str, Any]]:
-    """Each contender beside AdamW on the seeds that did not tune, by its own best learning rate and
-    by twice AdamW's."""
+    """Each contender beside AdamW on the seeds that were not used for tuning, at its own best
+    learning rate and at twice AdamW's."""
     size, _ = parsed(measurement)
     seeds = [
         seed

@@ -24,7 +24,7 @@ PEAKS = {
     "H100": Peaks(3.35e12, 989e12, 494e12),
     "H200": Peaks(4.8e12, 989e12, 494e12),
 }
-# What large copies and products reach of the peaks, as a rule.
+# The part of the peaks that large copies and products reach, as a rule.
 REACHED_BANDWIDTH, REACHED_PRODUCTS = 0.9, 0.8
 
 
@@ -39,11 +39,12 @@ class Work(NamedTuple):
     """Of the matrices."""
 
     def more(self, moved: float) -> "Work":
-        """And so many bytes besides."""
+        """The same work with `moved` more bytes."""
         return self._replace(bytes=self.bytes + moved)
 
     def seconds(self, peaks: Peaks | None) -> float | None:
-        """How long it should take, one after the other; None if nothing is known of the GPU."""
+        """How long it should take, if moving and computing do not overlap; None if the GPU is not
+        known."""
         if peaks is None:
             return None
         moving = self.bytes / (REACHED_BANDWIDTH * peaks.bandwidth)
@@ -56,7 +57,7 @@ def peaks_of(kind: str) -> Peaks | None:
 
 
 def backward(config: LlamaConfig, sequences: int, length: int, params: int) -> Work:
-    """Of a forward and backward pass.
+    """The work of a forward and backward pass.
 
     Bytes are those of the large arrays. XLA keeps attention's scores in memory: in float32 for the
     softmax, in the precision of the computation after it. Written, copied by the scan over blocks
@@ -75,7 +76,7 @@ def backward(config: LlamaConfig, sequences: int, length: int, params: int) -> W
 
 @dataclasses.dataclass(frozen=True)
 class Conditions:
-    """Under what a part measures."""
+    """The conditions under which a part measures."""
 
     folder: Path
     """For results."""
@@ -85,7 +86,7 @@ class Conditions:
     deadline: float
     """By the clock of `time.time`: nothing begins after it."""
     say: Callable[[str], None]
-    """Tells the progress."""
+    """Reports the progress."""
 
 
 class LeftOut(Exception):

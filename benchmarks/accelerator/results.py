@@ -32,7 +32,7 @@ class Bar:
     at_most: bool = True
     """Or at least."""
     essential: bool = False
-    """Whether to miss it is a mistake, on any device."""
+    """Whether missing it is an error, on any device."""
 
     @property
     def met(self) -> bool:
@@ -51,7 +51,7 @@ class Results:
     """What a part has measured, in a file in `folder`.
 
     Measurements that an earlier run made with the same code and versions on the same kind of device
-    are taken over, unless `again` is set.
+    are reused, unless `again` is set.
     """
 
     def __init__(self, folder: Path, part: str, quick: bool, again: bool):
@@ -80,7 +80,7 @@ class Results:
         return {name: found for name, found in every.items() if "failed" not in found}
 
     def has(self, name: str) -> bool:
-        """Whether a measurement was made whole."""
+        """Whether a measurement is complete."""
         return not self.measurements.get(name, {"partial": True}).get("partial")
 
     def add(self, name: str, found: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ COMPILERS = 8
 
 
 def settings(t: Any) -> tuple[Any, Any, Any]:
-    """Learning rate, mu_x and mu_y of a step: none stays what it was."""
+    """Learning rate, mu_x and mu_y of a step: each changes from step to step."""
     return 0.02 / (1 + 0.01 * t), 1 - 2 / (t + 3.0), 0.9 / (1 + 0.002 * t)
 
 
@@ -114,7 +114,7 @@ def functions(case: Case) -> tuple[Any, Any, Any]:
         # Noise and a pull towards 0: a wrong y would be felt through its own gradients.
         return jax.tree.map(lambda p, n: 0.3 * p + n, params, noise)
 
-    # A program of its own: XLA would not round gradients in low precision that stay inside of one.
+    # A program of its own: XLA does not round low-precision gradients that stay within a program.
     @jax.jit
     def step(params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any, dict[str, Any]]:
         updates, opt_state = optimizer.update(gradients, opt_state, params)
@@ -177,7 +177,7 @@ def errors(case: Case, found: list[dict[str, Any]]) -> dict[str, float]:
 
     def compare(name: str, sequence: Any, exact: Any) -> None:
         for leaf, value in exact.items():
-            # Of a number that is not finite the distance is infinite.
+            # The distance of a non-finite number is infinite.
             distance = np.abs(sequence[leaf].astype(float) - value) / (1 + np.abs(value))
             distance = float(np.nan_to_num(distance, nan=np.inf).max())
             largest[name] = max(largest.get(name, 0.0), distance)
@@ -200,7 +200,7 @@ def kernels_of_an_update(preset: str) -> dict[str, Any]:
         (one,) = update.optax_updates(f"adamw, {preset}, {dtype}", [update.GPA])
         leaves, profile = len(jax.tree.leaves(one.rest)), one.profile()
         found[dtype] = {"leaves": leaves, "compiled": kernels(one.compiled.as_text()).number}
-        # None that is known by its name is no count.
+        # If no kernel was recognized by its name, there is no count.
         found[dtype] |= {"ran": profile.get("kernels") or None, "profile": profile}
     return {"updates": found}
 
@@ -223,7 +223,7 @@ def bars_of_a_base(base: str, cases: list[dict[str, Any]]) -> list[Bar]:
     worst: dict[str, float] = {}
     for case in cases:
         for name, error in case["errors"].items():
-            # Params have the digits of their own precision, and not more.
+            # Params have only the digits of their own precision.
             unit = float(jnp.finfo(case["dtype"]).eps) if name == "params" else 0.0
             worst[name] = max(worst.get(name, 0.0), error / max(unit, TOLERANCE))
     same = sum(case["same_bits"] for case in cases) / len(cases)

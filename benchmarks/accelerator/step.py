@@ -33,7 +33,7 @@ def measurements(quick: bool) -> list[str]:
 
 
 def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]:
-    """On paper: see `work`."""
+    """The work on paper, from `work`."""
     found = work(*parsed(measurement))
     return {
         name: {"bytes": one.bytes, "operations": one.operations, "seconds": one.seconds(peaks)}
@@ -47,7 +47,7 @@ def parsed(measurement: str) -> tuple[str, int]:
 
 
 def work(preset: str, sequences: int) -> dict[str, Work]:
-    """Of a step with each optimizer, and of its forward and backward pass alone."""
+    """The work of a step with each optimizer, and of its forward and backward pass alone."""
     params = entries(shapes(preset))
     passes = backward(PRESETS[preset], sequences, LENGTH[preset == "tiny"], params)
     # Clipping reads the gradients once more.
@@ -157,7 +157,7 @@ def compiled(measurement: str) -> dict[str, timing.Repeated]:
 
 def peak_memory(one: timing.Repeated) -> int | None:
     """The most that this process has held on the device so far, after some steps; None if the
-    device does not tell."""
+    device does not report it."""
     one.prepare()
     try:
         timing.timed(one, timing.WARM_UP)
@@ -167,7 +167,7 @@ def peak_memory(one: timing.Repeated) -> int | None:
 
 
 def bars(found: dict[str, Any]) -> list[Bar]:
-    """None was set."""
+    """No goals were set for this part."""
     return []
 
 

@@ -21,7 +21,7 @@ class Measured(NamedTuple):
 
 
 def measured(folder: Path, part: str) -> list[Measured]:
-    """The measurements of a part, of each device the newest, in the order of the plan."""
+    """The newest measurements of a part on each device, in the order of the plan."""
     newest: dict[tuple[str, str], Measured] = {}
     for path in folder.glob(f"{part}-*.json"):
         content = json.loads(path.read_text())
@@ -62,7 +62,7 @@ def plan(folder: Path) -> Table:
 
 
 def median(row: dict[str, Any]) -> float:
-    """Of the seconds of what was repeated; what was not has one number."""
+    """The median of the seconds; what was not repeated has only one number."""
     seconds = row["seconds"]
     return seconds[1] if isinstance(seconds, list) else seconds
 
@@ -202,7 +202,7 @@ def saving(row: dict[str, Any]) -> str:
 
 
 def bars(folder: Path) -> Table:
-    """What was asked for, beside what was measured."""
+    """The goals, beside what was measured."""
     headings = ("device, date", "", "wanted", "measured", "")
     lines = []
     for part, module in (("right", right), ("update", update), ("gain", gain)):

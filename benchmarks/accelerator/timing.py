@@ -1,9 +1,10 @@
-"""Things that take turns on a device, each many times in a row.
+"""Times contenders that take turns on a device, each many times in a row.
 
-Time is that of the host's clock between the first dispatch and the end of a row of many, of which
-each starts from what the one before gave: so the device is never idle, and what dispatching takes
-is hidden behind its work. A profile, which would give the device's own clock, is not used for this:
-it makes launches slower and runs no command buffers. It says beside it what the kernels took.
+Time is by the host's clock, from the first dispatch to the end of a row of many runs, each of which
+starts from the results of the one before. So the device is never idle, and the time of dispatching
+is hidden behind its work. A profile, which would give the device's own clock, is not used for this,
+because it makes launches slower and runs no command buffers. It only shows, in addition, what the
+kernels took.
 """
 
 import time
@@ -25,16 +26,16 @@ class Contender(Protocol):
 
     name: str
     multiple: int
-    """It is run this many times in a row, or a multiple of it."""
+    """It is run this many times in a row, or a multiple of that."""
 
     def prepare(self) -> None:
         """Takes the memory that it needs."""
 
     def run(self) -> None:
-        """Starts once more what is measured."""
+        """Starts what is measured, once more."""
 
     def wait(self) -> None:
-        """Until all that was started has ended."""
+        """Waits until all that was started has ended."""
 
     def release(self) -> None:
         """Gives its memory back."""
@@ -69,7 +70,7 @@ def take_turns(
                     times_in_a_row = max(1, round(row / (seconds * contender.multiple)))
                     lengths[name] = contender.multiple * times_in_a_row
                 times[name].append(timed(contender, lengths[name]))
-            except Exception as error:  # of memory, or of a library that is not as it should be
+            except Exception as error:  # out of memory, or a library that does not work
                 failed[name] = reason(error)
                 del times[name]
             finally:
@@ -78,7 +79,7 @@ def take_turns(
 
 
 def timed(contender: Contender, count: int) -> float:
-    """Seconds of one run, of so many in a row."""
+    """Seconds of one run, of `count` in a row."""
     contender.wait()
     start = time.perf_counter()
     for _ in range(count):
@@ -88,7 +89,7 @@ def timed(contender: Contender, count: int) -> float:
 
 
 def reason(error: Exception) -> str:
-    """One line."""
+    """The error in one line."""
     text = " ".join(str(error).split())
     memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
     return OUT_OF_MEMORY if memory else f"{type(error).__name__}: {text[:300]}"
@@ -131,7 +132,7 @@ class Repeated:
         self.arguments = self.results = ()
 
     def profile(self, count: int = 3) -> dict[str, Any]:
-        """What a few of them make the device do, by its own clock."""
+        """What a few calls make the device do, by the device's own clock."""
 
         def several() -> None:
             for _ in range(count):

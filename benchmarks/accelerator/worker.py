@@ -1,5 +1,5 @@
-"""One part in a process of its own, so that it has the device's memory to itself, and a part that
-fails, or does not end, costs no other one."""
+"""Runs one part in a process of its own, so that it has the device's memory to itself, and a part
+that fails, or does not end, does no harm to the others."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ def work(
 
     Args:
       corpus: the folder that benchmarks.corpus made.
-      began: when the whole command did, which is told beside what is measured.
+      began: when the whole command began; printed times count from there.
       deadline: no measurement begins after it.
     """
     part = PARTS[name]

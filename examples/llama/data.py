@@ -1,14 +1,15 @@
 """Text for training: any corpus, tokenized and packed while it is read, never loaded as a whole.
 
-Several readers, each with its share of the corpus, make one stream of sequences each:
+Several readers, each with its own share of the corpus, produce one stream of sequences each:
 
     documents, in another order each epoch -> tokens -> packed sequences -> shuffled in windows
 
-A batch takes as many rows from each reader, in turn, and a process runs every so-manyth reader. So
-the rows of a batch do not depend on how many processes there are. A checkpoint holds the place of
-each reader by its number, and other processes than those that saved it can take over the readers.
-(Each process could also read everything and keep its rows; but reading and tokenizing would then
-not become faster with more processes, and a run on many would wait for its text.)
+A batch takes equally many rows from each reader, in turn, and process p of n runs the readers p,
+p + n, and so on. So the rows of a batch do not depend on how many processes there are. A checkpoint
+holds the position of each reader by its number, and other processes than those that saved it can
+take over the readers. (Each process could also read everything and keep its own rows; but reading
+and tokenizing would then not become faster with more processes, and a run on many of them would
+wait for its text.)
 """
 
 import dataclasses
@@ -46,16 +47,16 @@ class TextData:
     """Another source to validate on (default: the validation split of a hub dataset that has one,
     else a part of --data.source that is held out)."""
     held_out: float = 0.1
-    """How much of --data.source to hold out where nothing else is there to validate on."""
+    """Part of --data.source that is held out where there is nothing else to validate on."""
     tokenizer: str = "bpe"
     """bpe (byte-pair encoding, trained on the source), bytes, or the path of a tokenizer.json."""
     shuffle: int | None = None
-    """Sequences that each reader shuffles at a time (default: as many as are 262,144 tokens, but at
-    least 64)."""
+    """Sequences that each reader shuffles at a time (default: as many as make 262,144 tokens, but
+    at least 64)."""
     readers: int | None = None
-    """Parts of the source that are read side by side, with as many sequences of each in a batch; it
-    decides the order of the data, and how many processes can share the reading: any number that
-    divides it (default: the largest of 1, 2, 4 and 8 that divides --batch-size)."""
+    """Parts of the source that are read side by side, with equally many sequences of each in a
+    batch. Their number decides the order of the data, and how many processes can share the reading:
+    any number that divides it (default: the largest of 1, 2, 4 and 8 that divides --batch-size)."""
     cache: Path = Path("runs/cache")
     """Folder for tokenizers that were trained."""
 
@@ -173,9 +174,9 @@ class Text:
         """Endless {"tokens": int32 (batch_size // process_count, length + 1)}, prefetched: of each
         batch the rows process_index, process_index + process_count, ...
 
-        Its state is small, can be JSON, and tells what was taken from it so far: the place of each
-        reader of this process, by the reader's number. The states of all processes, merged into
-        one dict, are a state for any of any other number of processes.
+        The iterator state is small, can be stored as JSON, and says what was taken so far: the
+        position of each reader of this process, by the reader's number. The states of all
+        processes, merged into one dict, can be restored by each of any other number of processes.
 
         Raises:
           ValueError: if the processes cannot share the batch and the readers evenly.
@@ -186,7 +187,7 @@ class Text:
         for reader in range(process_index, readers, process_count):
             documents = Documents(self.training, seed, reader, readers)
             next(documents.walk())  # raises if there is no document for this reader
-            # Of different sizes, so that the windows do not all have to be filled at one time.
+            # Windows differ in size between readers, so that they are not all refilled at one time.
             window = max(1, shuffle * (2 * readers - reader) // (2 * readers))
             windows = Packed(self._tokens(documents), window * (length + 1)).random_map(
                 functools.partial(shuffled_rows, length + 1),
@@ -227,7 +228,7 @@ class Text:
                 f"--batch-size must be a multiple of the {process_count} processes, got "
                 f"{batch_size}."
             )
-        # Not by the number of processes, of which the order of the data must not depend.
+        # Not from the number of processes, on which the order of the data must not depend.
         default = " (the default)" if readers is None else ""
         readers = math.gcd(batch_size, 8) if readers is None else readers
         if batch_size % readers or readers % process_count:
@@ -247,17 +248,17 @@ def shuffled_rows(size: int, vector: np.ndarray, rng: np.random.Generator) -> np
 
 
 class Rows(grain.experimental.FlatMapTransform):
-    """Gives out a window row by row; to continue in a window it is read and shuffled again."""
+    """Yields a window row by row. To resume within a window, it is read and shuffled again."""
 
     def flat_map(self, rows: np.ndarray) -> np.ndarray:
         return rows
 
 
 class InTurn(grain.IterDataset):
-    """Batches with so many rows of each reader: the first of each, the second of each, ...
+    """Batches with `rows` rows of each reader: the first of each, the second of each, ...
 
-    grain.IterDataset.mix takes the same rows, but its state counts those of all its readers, and so
-    fits no other number of processes.
+    grain.IterDataset.mix takes the same rows, but its state counts the rows of all its readers, and
+    so it cannot be restored with another number of processes.
     """
 
     def __init__(self, readers: dict[int, grain.IterDataset], rows: int):
@@ -296,10 +297,11 @@ class _InTurnIterator(grain.DatasetIterator):
 
 
 class Packed(grain.IterDataset):
-    """Vectors of any size, one after the other, cut into vectors of one; the rest is dropped.
+    """Vectors of any size, one after the other, cut into vectors of one size; the rest is dropped.
 
-    grain.experimental.ConcatThenSplitIterDataset cannot continue from a state that was JSON, as
-    in a checkpoint (it compares lists with tuples; grain 0.2.18), and takes ten times as long.
+    grain.experimental.ConcatThenSplitIterDataset cannot resume from a state that was stored as
+    JSON, as in a checkpoint (it compares lists with tuples; grain 0.2.18), and takes ten times as
+    long.
     """
 
     def __init__(self, vectors: grain.IterDataset, size: int):
@@ -311,7 +313,7 @@ class Packed(grain.IterDataset):
 
 
 class _PackedIterator(grain.DatasetIterator):
-    """The state is how far the current vector is used, and how to read it again."""
+    """The state says how far the current vector is used, and from where to read it again."""
 
     def __init__(self, vectors: grain.DatasetIterator, size: int):
         super().__init__(vectors)
@@ -343,8 +345,8 @@ def has_text(part: Part) -> bool:
 
 
 def tokenize(tokenizer: Tokenizer, end: int, documents: list[Document]) -> np.ndarray:
-    """The tokens of all of them, one document after the other."""
-    encodings = tokenizer.encode_batch_fast(  # without the offsets, which nobody asks for
+    """The tokens of all documents, one after the other."""
+    encodings = tokenizer.encode_batch_fast(  # without the offsets, which nothing uses
         [document.text for document in documents], add_special_tokens=False
     )
     tokens = []
@@ -356,7 +358,7 @@ def tokenize(tokenizer: Tokenizer, end: int, documents: list[Document]) -> np.nd
 
 
 def evenly(rows: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
-    """`count` of the rows, evenly spaced, of which never more than twice as many are held."""
+    """`count` of the rows, evenly spaced. At most twice as many are in memory at a time."""
     kept, stride = [], 1
     for i, row in enumerate(rows):
         if i % stride == 0:
@@ -369,7 +371,7 @@ def evenly(rows: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """The rows of one process, as often as they are wanted: {"tokens", "mask"}."""
+    """The rows of one process in batches of {"tokens", "mask"}; can be iterated again and again."""
 
     rows: Iterable[np.ndarray]
     batch_size: int

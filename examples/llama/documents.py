@@ -10,14 +10,14 @@ import grain
 
 from examples.llama.sources import Corpus, Document, Shard
 
-GROUP = 2**16  # characters in a group: to tokenize documents one by one takes longer
+GROUP = 2**16  # characters in a group: tokenizing documents one by one takes longer
 PLACE = ("epoch", "shard", "position", "number")  # the arguments of Documents.walk
-HELD_OUT_FILES = 20  # with as many .txt files as this, whole files are held out
+HELD_OUT_FILES = 20  # with at least this many text files, whole files are held out
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What of a corpus to train or to validate on: of some shards, the texts that are `kept`."""
+    """A part of a corpus, to train or to validate on: the texts of some shards that are `kept`."""
 
     corpus: Corpus
     shards: list[Shard]
@@ -57,8 +57,9 @@ def digest(what: Any) -> str:
 class Documents(grain.IterDataset):
     """What one of several readers reads of a part, in groups of documents, epoch after epoch.
 
-    Each epoch has its own order of the shards. Whole shards belong to a reader if there are enough
-    of them, or they come out even; else the readers take turns at the documents.
+    Each epoch has its own order of the shards. A reader has whole shards if there are enough of
+    them, or their number is a multiple of `readers`; otherwise the readers take turns at the
+    documents.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Documents(grain.IterDataset):
     def walk(
         self, epoch: int = 0, shard: int = 0, position: int = 0, number: int = 0
     ) -> Iterator[tuple[Document, dict[str, int]]]:
-        """Each document, with the arguments that continue the walk after it.
+        """Each document, with the arguments that resume the walk after it.
 
         `shard` and `number` count the shards and the documents of the epoch.
         """

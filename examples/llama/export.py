@@ -24,7 +24,7 @@ from examples.llama.model import Llama, LlamaConfig
 from examples.llama.runs import Checkpoint, load
 
 DType = Literal["float32", "bfloat16"]
-LIMIT = 5 * 10**9  # bytes of a file, as transformers has it
+LIMIT = 5 * 10**9  # bytes of weights in a file, as in transformers
 # Our params and theirs; braces stand for the layer, which is the first axis of ours.
 NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
@@ -78,10 +78,10 @@ def export(arguments: Sequence[str], console: Console) -> int:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that gets its name when all is in it, and is gone if something fails before.
+    """A folder that gets its name when it is complete, and is removed if something fails before.
 
     Raises:
-      ValueError: if there is something of that name, and not an empty folder.
+      ValueError: if `out` exists and is not an empty folder.
     """
     target = out.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -107,7 +107,7 @@ def write(
     """Writes a model and its tokenizer into an empty folder.
 
     Args:
-      folder: where.
+      folder: the empty folder.
       model: at the weights to write.
       tokenizer: one with a token for the end of a text.
       length: tokens of a sequence in training: the longest that the model knows.
@@ -138,7 +138,7 @@ def write(
 
 
 def config_of(config: LlamaConfig, length: int, dtype: DType) -> dict[str, Any]:
-    """The shapes under the names of transformers' LlamaConfig, of its versions 4 and 5."""
+    """The model's shapes, under the names that LlamaConfig has in transformers 4 and 5."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -164,7 +164,7 @@ def config_of(config: LlamaConfig, length: int, dtype: DType) -> dict[str, Any]:
 
 def tensors(model: Llama) -> dict[str, np.ndarray]:
     """The params as transformers names and shapes them: a tensor for each layer, and linear maps as
-    (out, in). They share the memory of the model's where it is the host's."""
+    (out, in). They share memory with the model's params where those are on the host."""
     params = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
     found = {}
     for name, param in params.items():
@@ -194,7 +194,7 @@ def write_weights(folder: Path, weights: Mapping[str, np.ndarray], dtype: DType,
         # safetensors writes memory as it lies: a transposed view must be copied.
         part = {name: np.ascontiguousarray(weights[name], jnp.dtype(dtype)) for name in names}
         save_file(part, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors keeps others out
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors denies others access
         index |= dict.fromkeys(names, file)
     if len(files) > 1:
         total = sum(value.size for value in weights.values()) * width

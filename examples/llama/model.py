@@ -41,11 +41,11 @@ class LlamaConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; norms, softmax and the loss are float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the params. bfloat16 needs an optimizer with a float32 copy, as GPA has one."""
+    """Precision of the params. bfloat16 needs an optimizer that has a float32 copy, as GPA does."""
     remat: bool = False
     """Whether to compute each block again in the backward pass instead of keeping it in memory."""
     unroll: int = 1
-    """Blocks in one iteration of the scan over them: more compile longer and may run faster."""
+    """Blocks per iteration of the scan over them: more compile more slowly and may run faster."""
 
     def __post_init__(self):
         for name in ("dim", "layers", "heads", "kv_heads", "hidden", "unroll"):
@@ -88,7 +88,7 @@ PRESETS = {
 
 def training_flops(config: LlamaConfig, sequences: int, length: int) -> float:
     """Floating-point operations of a training step's matrix products: 6 for each token and each
-    param in one, and those of attention, of whose square causality needs half."""
+    param in a product, and those of attention, where the causal mask leaves half of the square."""
     head = config.dim // config.heads
     block = (
         2 * config.dim * head * (config.heads + config.kv_heads) + 3 * config.dim * config.hidden

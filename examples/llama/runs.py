@@ -1,5 +1,5 @@
-"""The folder of a run, read back: its averaged weights, in the model and beside the tokenizer that
-they belong to. The corpus is not needed."""
+"""Reads the folder of a run: the averaged weights, in the model and with the tokenizer that they
+belong to. The corpus is not needed."""
 
 import contextlib
 import math
@@ -25,7 +25,7 @@ Checkpoint = Literal["latest", "best"] | int
 
 
 class Trained(NamedTuple):
-    """What came of a run, at one of its checkpoints."""
+    """The trained model of a run, at one of its checkpoints."""
 
     config: TrainLlama
     model: Llama
@@ -35,17 +35,18 @@ class Trained(NamedTuple):
 
 
 def load(folder: Path, checkpoint: Checkpoint = "latest") -> Trained:
-    """Reads a run, whatever devices it was made on; one that goes on meanwhile is not disturbed.
+    """Reads a run, whatever devices it was trained on. A run that still trains is not disturbed.
 
     Args:
       folder: the run's.
       checkpoint: the last one, the one with the lowest validation loss, or that of a step.
 
     Raises:
-      ValueError: if that is no run of a Llama, or has no such checkpoint, or it is damaged.
+      ValueError: if the folder is no run of a Llama or has no such checkpoint, or if the checkpoint
+        is damaged.
     """
     config, tokenizer = read_config(folder), read_tokenizer(folder)
-    # Not `open_checkpoints`, which deletes what a trainer may just be writing.
+    # Not `open_checkpoints`, which deletes what a trainer may be writing at the moment.
     options = ocp.CheckpointManagerOptions(create=False)
     path = (folder / "checkpoints").absolute()
     with contextlib.closing(ocp.CheckpointManager(path, options=options)) as manager:
@@ -87,7 +88,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
         raise ValueError(f"{path} is damaged, it is no tokenizer: {error}.") from None
-    tokenizer.post_processor = None  # what other people's tokenizers put before a text
+    tokenizer.post_processor = None  # which in other people's tokenizers adds tokens
     return tokenizer
 
 

@@ -75,8 +75,8 @@ def generate(
 ) -> str:
     """The prompt and what follows, up to the end of the document.
 
-    Each token is drawn from what the model says of the last `window` tokens. Nothing is kept from
-    one to the next: a cache would have to be made anew at each step once the window is full.
+    Each token is drawn from what the model predicts after the last `window` tokens. Nothing is
+    cached: once the window is full, a cache would have to be computed anew for each token.
 
     Args:
       model: at the weights to sample from.
@@ -84,7 +84,7 @@ def generate(
       prompt: the beginning; empty for a new document.
       tokens: how many to add, at most.
       window: tokens that the model was trained on at a time.
-      seed: decides what is drawn. With more tokens the text is the same, and goes on.
+      seed: decides what is drawn. With more tokens the text begins in the same way and continues.
       temperature: 0 takes the likeliest token; the higher, the more random.
     """
     end = tokenizing.end_of_text(tokenizer, "of the run")

@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 PIECE = 2**14  # bytes of a .txt file that are read as one document
-SPAN = 2**22  # bytes of a .txt or .jsonl file that are a shard: so one large file is many
+SPAN = 2**22  # bytes of a .txt or .jsonl file in a shard: one large file is many shards
 # Tests and bundled packages are left out: not every distribution of Python ships them.
 LEFT_OUT = {
     "site-packages",
@@ -35,7 +35,7 @@ class Document(NamedTuple):
 
     text: str
     ends: bool  # whether it is complete: False for a piece that the next one continues
-    position: int  # what to give `Shard.read` to read on after this document
+    position: int  # what to give `Shard.read` to resume after this document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Corpus:
     description: str
     shards: list[Shard]
     files: list[tuple[str, int, int]]  # name, size, time of the last change
-    texts_are_files: bool  # True if all of it is .txt, where a file holds one text
+    texts_are_files: bool  # True if none is .jsonl or .parquet: each file holds one text
 
 
 def open_corpus(source: str, column: str, flag: str) -> Corpus:
-    """Finds the shards of "stdlib", a file, a folder, a glob; hub datasets: `open_hub`."""
+    """Finds the shards of "stdlib", a file, a folder or a glob; for hub datasets see `open_hub`."""
     if source == "stdlib":
         root, paths = standard_library()
         return corpus_of(root, paths, column, "files of Python's standard library")
@@ -108,8 +108,8 @@ def corpus_of(root: Path, paths: list[Path], column: str, what: str) -> Corpus:
 
 
 def line_start(file, offset: int, limit: int = -1) -> int:
-    """Where the first line starts at or after the offset; any character once `limit` bytes are
-    passed, so that a file without lines is cut too."""
+    """Where the first line at or after the offset starts; after `limit` bytes without a line, where
+    the next character starts, so that a file without lines is cut too."""
     if offset == 0:
         return 0
     file.seek(offset - 1)
@@ -220,8 +220,8 @@ def open_hub(source: str, column: str, flag: str) -> dict[str, Corpus]:
 def read_hub(dataset, source: str, column: str, index: int, rows: int) -> Iterator[Document]:
     """A document a row of one of the dataset's files; the positions count rows.
 
-    Why not the dataset's own state_dict: some releases lose their place in it at a second resume
-    (huggingface/datasets#8308), and skipping rows reads as much of the file as it does.
+    Why not the dataset's own state_dict: with some releases it loses its place at a second resume
+    (huggingface/datasets#8308), and skipping rows reads no more of the file than it does.
     """
     shard = dataset.shard(dataset.num_shards, index)
     for row in shard.skip(rows):

@@ -48,7 +48,7 @@ def cached(path: Path, train: Callable[[], Tokenizer]) -> Tokenizer:
     except Exception:  # tokenizers raises no narrower one
         tokenizer = train()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that share the folder may write at once: each a file of its own, then a rename.
+    # Processes that share the folder may write at once: each writes its own file, and renames it.
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(tokenizer.to_str())
     os.replace(file.name, path)
@@ -56,7 +56,7 @@ def cached(path: Path, train: Callable[[], Tokenizer]) -> Tokenizer:
 
 
 def given(path: str, vocab_size: int) -> Tokenizer:
-    """A tokenizer.json, if the model has a row of its embedding for each of its tokens."""
+    """A tokenizer from a file, if the model's embedding has a row for each of its tokens."""
     if not Path(path).is_file():
         raise ValueError(
             f"--data.tokenizer {path} does not exist: give bpe, bytes, or the path of a "

@@ -45,7 +45,8 @@ class ViTFlags(Training):
         return self.data.prepare()
 
     def fitted(self, images: Images) -> Self:
-        """With the model for these images: `tiny` takes their size, the others demand their own.
+        """The flags with the model for these images: the preset `tiny` adapts to their size, the
+        other presets require the size that they have.
 
         Raises:
           ValueError: if the model is not for such images.

@@ -10,12 +10,13 @@ from PIL import Image
 CROP_AREA, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 CROP_TRIES = 10
 CENTER_CROP = 224 / 256
-# Of an image: two for the place of its crop, one for the flip, then pairs for the crop's shape.
+# Random numbers of an image: two for the place of its crop, one for the flip, then pairs for the
+# crop's shape.
 DRAWS = 3 + 2 * CROP_TRIES
 
 
 def shift(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Crops of the images' own size, after a black margin of an eighth of it on each side."""
+    """Crops as large as the images, from these with a black margin of an eighth on each side."""
     count, height, width, _ = images.shape
     margin = max(1, height // 8)
     padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))

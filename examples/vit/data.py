@@ -1,10 +1,11 @@
 """Images for the ViT, in batches: those of a source (sources.py), cropped (crops.py), normalized.
 
-A batch is a pure function of the seed, its number and its size: from them follow the rows of the
+A batch is a pure function of the seed, its number and its size: they determine the rows of the
 shuffled data and the random numbers of the augmentation, of which each process takes its share. So
-two processes see together what one would see alone, and the state of an iterator is one number,
-from which any number of processes can continue.
-Batches are made in threads ahead of their use; encoded images are decoded only then.
+two processes together see what one would see alone, and the iterator state is one number, from
+which any number of processes can resume.
+
+Threads make batches ahead of their use; encoded images are decoded only then.
 """
 
 import dataclasses
@@ -28,18 +29,18 @@ class ImageData:
 
     source: str = "digits"
     """"digits" (scikit-learn's), "fashion-mnist" (Debian's package dataset-fashion-mnist), a folder
-    with one folder of images a class (also within train/ and val/), or "hf:NAME", a data set of the
-    Hugging Face hub."""
+    with a folder of images for each class (also within train/ and val/), or "hf:NAME", a data set
+    of the Hugging Face hub."""
     image_size: int | None = None
     """Height and width that images of folders and of the hub get. They are then cropped at random
     (8-100 % of the area) to train, and in the center (224/256 of the shorter side) to evaluate.
     None keeps the images as they are, which must then be squares of one size."""
     augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
     """What happens to training images: random crops (of images that keep their size: after a margin
-    of an eighth of it) and left-right flips. "auto" is crop-flip, and crop for digits, since a
-    mirrored character is another one."""
+    of an eighth of it is added) and left-right flips. "auto" is crop-flip, but crop for digits,
+    since a mirrored character is another character."""
     held_out: float = 0.2
-    """Subset of each class that is held out where a source has no images for validation."""
+    """Part of each class that is held out where a source has no images for validation."""
 
     def __post_init__(self):
         if self.image_size is not None and self.image_size < 1:
@@ -78,7 +79,7 @@ class Subset:
         return len(self.examples.labels if self.rows is None else self.rows)
 
     def batch(self, places: np.ndarray, draws: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """The images and labels at these places of the part."""
+        """The images and labels at these places of the subset."""
         rows = places if self.rows is None else self.rows[places]
         return self.examples.load(rows, draws), self.examples.labels[rows]
 
@@ -114,7 +115,7 @@ class Images:
 
     @property
     def files(self) -> dict[str, Any]:
-        """What a run stores with its weights: the classes, and by what to know the images again."""
+        """What a run stores with its weights: the classes, and what identifies the images."""
         parts = (self.train_part, self.validation_part)
         labels = [
             part.examples.labels if part.rows is None else part.examples.labels[part.rows]
@@ -145,7 +146,7 @@ class Images:
         """Batches without end, reshuffled each epoch; of each, the rows process_index,
         process_index + process_count, ...
 
-        `get_state` is the number of batches consumed, `set_state` continues bit for bit. An epoch
+        `get_state` gives the number of batches consumed; `set_state` resumes bit for bit. An epoch
         may end within a batch.
 
         Args:
@@ -183,7 +184,7 @@ class Images:
 
 
 def split_by_class(part: Subset, held_out: float) -> tuple[Subset, Subset]:
-    """Splits into rows to train and to validate on, class by class and always the same."""
+    """Splits into rows to train and to validate on, class by class and always in the same way."""
     labels = part.examples.labels
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -207,7 +208,7 @@ def check_batch_size(batch_size: int, process_count: int):
 
 
 def read_ahead(batches: Any) -> grain.IterDataset:
-    # Two, so that one can begin while the other waits for its last image.
+    # Two threads, so that one can begin a batch while the other waits for its last image.
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=3)
     return grain.MapDataset.source(batches).to_iter_dataset(options)
 
@@ -239,7 +240,7 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
-    """Can be iterated again and again."""
+    """Batches of validation images, which can be iterated again and again."""
 
     images: Images
     count: int

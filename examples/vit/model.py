@@ -57,11 +57,11 @@ class ViTConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation; norms, softmax, the classifier and the loss are float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the params. bfloat16 needs an optimizer with a float32 copy, as GPA has one."""
+    """Precision of the params. bfloat16 needs an optimizer that has a float32 copy, as GPA does."""
     remat: bool = False
     """Whether to compute each block again in the backward pass instead of keeping it in memory."""
     unroll: int = 1
-    """Blocks in one iteration of the scan over them: more compile longer and may run faster."""
+    """Blocks per iteration of the scan over them: more compile more slowly and may run faster."""
 
     def __post_init__(self):
         for name in (
@@ -89,7 +89,7 @@ class ViTConfig:
             raise ValueError(f"--model.dropout must be in [0, 1), got {self.dropout}.")
 
 
-# `tiny` is for scikit-learn's digits; for 28x28 images take it with patches of 4. The others have
+# `tiny` is for scikit-learn's digits; for 28x28 images use it with patches of 4. The others have
 # the shapes of ViT-Ti/16 and ViT-S/16 (Table 2 of Zhai et al.) with AlgoPerf's head.
 PRESETS = {
     "tiny": ViTConfig(unroll=4),
@@ -192,7 +192,7 @@ class MAP(nnx.Module):
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.param_dtype)
         probe_1xD = nnx.initializers.xavier_uniform()(rngs.params(), (1, config.dim), dtype)
-        # A vector, for optimizers that take every matrix for a linear map.
+        # A vector, because some optimizers take every matrix for a linear map.
         self.probe = nnx.Param(probe_1xD[0])
         self.attention = Attention(config, rngs)
         self.norm = norm(config, rngs)

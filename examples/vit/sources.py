@@ -1,4 +1,4 @@
-"""Where images come from: arrays in memory, or files that are decoded when their turn comes."""
+"""Where images come from: arrays in memory, or files that are decoded when they are needed."""
 
 import concurrent.futures
 import dataclasses
@@ -22,13 +22,13 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )  # fmt: skip
 VALIDATION_NAMES = ("validation", "valid", "val", "test")
-# AlgoPerf's, of the channels on ImageNet.
+# AlgoPerf's means and standard deviations of the channels on ImageNet.
 IMAGENET_MEAN = 255 * np.array((0.485, 0.456, 0.406), np.float32)
 IMAGENET_STD = 255 * np.array((0.229, 0.224, 0.225), np.float32)
 
 
 class Examples(Protocol):
-    """Images that can be had in any order, and their labels."""
+    """Images that can be loaded in any order, and their labels."""
 
     labels: np.ndarray
 
@@ -112,7 +112,7 @@ class Files:
 
 
 class Source(NamedTuple):
-    """Images to train on, and to validate on if there are such, and what they are."""
+    """Images to train on, and to validate on if there are any, with what describes them."""
 
     name: str
     train: Examples
@@ -172,8 +172,8 @@ def fashion_mnist() -> Source:
 
 
 def photos(source: str, image_size: int | None, *load: str, **how: str) -> Source:
-    """What `datasets` loads so: images with one class label each, in a data set of the Hugging Face
-    hub or in a folder."""
+    """Images with one class label each, which `datasets` loads from the Hugging Face hub or from a
+    folder."""
     import datasets  # which takes a second
 
     try:
@@ -194,7 +194,7 @@ def photos(source: str, image_size: int | None, *load: str, **how: str) -> Sourc
 
     def examples(part: Any) -> Files:
         labels = part.with_format("numpy", columns=[label])[:][label].astype(np.int32)
-        # Bytes, because the pipeline decodes in its own threads and once it knows the crop.
+        # Encoded, because the pipeline decodes in its own threads, once it knows the crop.
         encoded = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         return Files(Column(encoded, image), labels, image_size)
 

@@ -13,6 +13,7 @@ import argparse
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import corpus
@@ -50,13 +51,18 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=corpus.FOLDER, help="of the corpus")
     flags = parser.parse_args()
     if unknown := set(flags.studies) - {*STUDIES}:
-        parser.error(f"there is no study {', '.join(sorted(unknown))}, but {', '.join(STUDIES)}.")
+        parser.error(
+            f"there is no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}."
+        )
     store = Store(STORE, kind=MEMBERS)
     train = functools.partial(train_member, folder=flags.folder)
     while members := next_members(store, flags.studies or [*STUDIES], flags.folder):
         print(f"{len(members)} runs can be made now, {len(store.records)} are stored.")
         # A few at a time: what is tuned first decides which runs are worth most.
+        before = len(store.records)
         make(store, members[: 4 * flags.workers], flags.workers, train)
+        if len(store.records) == before:  # other processes are making all of them
+            time.sleep(30)
     return 0
 
 

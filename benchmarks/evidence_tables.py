@@ -65,10 +65,13 @@ def difference(contrast: Contrast) -> Estimate | None:
 
 
 def losses(contrast: Contrast) -> tuple[np.ndarray, np.ndarray]:
-    """The losses of contender and baseline, each (seeds, evaluations)."""
+    """The losses of contender and baseline, each (seeds, evaluations); infinite after a run has
+    diverged."""
+    both = [[run.curve["loss"] for run in runs] for runs in (contrast.contender, contrast.baseline)]
+    count = max(len(curve) for curves in both for curve in curves)
     ours, theirs = (
-        np.array([run.curve["loss"] for run in runs])
-        for runs in (contrast.contender, contrast.baseline)
+        np.array([[*curve, *[np.inf] * (count - len(curve))] for curve in curves])
+        for curves in both
     )
     return ours, theirs
 
@@ -266,7 +269,8 @@ def curves(store: Store) -> dict[str, dict[str, Curve]]:
     found = {}
     for condition, contrasts in complete("blocks", store):
         runs = {"AdamW, tuned": contrasts[0].baseline}
-        runs |= {c.name: c.contender for c in contrasts if c.name in ONE_LINERS}
+        shown = [c for c in contrasts if c.name in ONE_LINERS and difference(c) is not None]
+        runs |= {c.name: c.contender for c in shown}
         found[condition] = {
             name: mean_curve(same[0].curve["step"], [run.curve["loss"] for run in same])
             for name, same in runs.items()

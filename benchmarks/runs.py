@@ -49,8 +49,8 @@ class Result:
     @property
     def loss(self) -> float:
         """The loss at the end; infinite if the run diverged."""
-        done, loss = self.curve["step"][-1], self.curve["loss"][-1]
-        return loss if done == self.config.steps and math.isfinite(loss) else math.inf
+        ended = self.curve["step"][-1:] == [self.config.steps]
+        return self.curve["loss"][-1] if ended else math.inf
 
 
 def changes(config: OneRun) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def told(result: Result) -> str:
     config = result.config
     return (
         f"{config.workload} {config.optimizer}, seed {config.seed}, {config.steps} steps of "
-        f"{config.batch_size}: {result.curve['loss'][-1]:.4f} in {result.seconds:.0f} s"
+        f"{config.batch_size}: {result.loss:.4f} in {result.seconds:.0f} s"
     )
 
 
@@ -143,11 +143,11 @@ def train_config(config: OneRun) -> Result:
             if done in due:
                 x = program.optimizer.eval_params(state.opt_state, state.params)
                 metrics = train.mean_metrics(program, x, validation)
+                if not math.isfinite(metrics["loss"]):  # a curve ends where its run diverged
+                    break
                 curve["step"].append(done)
                 for name, value in metrics.items():
                     curve.setdefault(name, []).append(value)
-                if not math.isfinite(metrics["loss"]):
-                    break
     return Result(config, curve, data.description, time.process_time() - start)
 
 

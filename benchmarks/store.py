@@ -71,7 +71,7 @@ class Store:
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
     def add(self, results: Iterable[Any]) -> None:
-        with locked(self.paths[0].stem):
+        with locked(self.paths[0].parent.name):
             self.read()
             for record in map(self.kind.record, results):
                 self.records.setdefault(record["identity"], record | circumstances())
@@ -210,7 +210,7 @@ def make(
         process.join()
     store.read()
     if failed := [process.exitcode for process in processes if process.exitcode]:
-        raise RuntimeError(f"Workers ended with exit status {failed}; what they told is above.")
+        raise RuntimeError(f"Workers ended with exit status {failed}; their output is above.")
 
 
 def work(
@@ -231,7 +231,7 @@ def work(
     for number, run in enumerate(runs, start=1):
         if os.getppid() != parent:
             return
-        with locked(f"{paths[0].stem}-{kind.identity(run)}", wait=False) as mine:
+        with locked(f"{paths[0].parent.name}-{kind.identity(run)}", wait=False) as mine:
             store.read()
             if not mine or run in store:
                 continue

@@ -147,7 +147,7 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:  # a collective with a process that is gone
         raise
     except Exception as error:  # of orbax, tensorstore or the system, of many types
-        others = " Another process of the run may be gone." if jax.process_count() > 1 else ""
+        others = " Another process of the run may have ended." if jax.process_count() > 1 else ""
         raise OSError(
             f"A checkpoint could not be written to {manager.directory} ({reason(error)}).{others} "
             f"{kept(manager)}."

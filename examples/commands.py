@@ -91,6 +91,15 @@ def open_data(config: Any, arguments: Sequence[str], console: Console) -> Any:
         raise ValueError(
             f"{name} {value} has no effect with {data.without_effect[name]}: leave it out."
         )
+    fitted = config.fitted(data)
+    for name in sorted(given(arguments)):
+        field = name.removeprefix("--model.").replace("-", "_")
+        value, other = (getattr(one.model, field, None) for one in (config, fitted))
+        if value != other and name.startswith("--model."):
+            raise ValueError(
+                f"{name} {value} is not what --preset {config.preset} has for this data, {other}: "
+                "leave it out, or give another number."
+            )
     return data
 
 
@@ -142,7 +151,7 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
         if jax.distributed.is_initialized():
             told = f"Process {jax.process_index()}: {told}"
             if XLA_STATUS.match(str(error)):
-                told, status = f"{told} Another process of the run may be gone.", 1
+                told, status = f"{told} Another process of the run may have ended.", 1
         # Not the command's console, which is quiet in all processes but one.
         say(Console(stderr=True, style="red"), told)
     except KeyboardInterrupt:

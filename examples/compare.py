@@ -109,10 +109,12 @@ def main(arguments: Sequence[str], console: Console) -> int:
     histories = {name: History.read(configs[name].run) for name in config.optimizers}
     histories = {name: history for name, history in histories.items() if history.validation}
     complete = [name for name, history in histories.items() if history.done == config.steps]
-    show(config, histories, console)
+    if histories:
+        show(config, histories, console)
     if workload == "llama" and complete and jax.process_count() == 1:
         show_sample(configs[complete[-1]], console)
-    say(console, f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.")
+    if histories:
+        say(console, f"Numbers: {config.out}/compare.json. Curves: {config.out}/compare.png.")
     return ended(config, end, console)
 
 
@@ -163,9 +165,6 @@ def named_optimizers(arguments: Sequence[str]) -> list[str]:
 
 def show(config: Any, histories: Mapping[str, History], console: Console) -> None:
     """Prints the table and the verdict; writes compare.json and compare.png."""
-    if not histories:
-        console.print("Nothing was trained.")
-        return
     labels = {label(name): history for name, history in histories.items()}
     baseline = label(config.optimizers[0])
     console.print(plots.results_table(labels, config.steps, baseline))

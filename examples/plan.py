@@ -88,7 +88,7 @@ def flags_of(kind: type) -> type:
     ]
     plan = dataclasses.make_dataclass("Plan", fields, bases=(kind,), frozen=True)
     plan.__doc__ = (
-        "Compiles the train step for a machine that is not here, and tells what it needs there: "
+        "Compiles the train step for a machine that is not here, and prints what it needs there: "
         "memory, and traffic between devices. It takes all the flags of training. Without --fsdp "
         "all devices share one copy of the state, and without --accumulate each computes one "
         "example at a time, which needs the least memory."
@@ -110,7 +110,7 @@ def compile_step(
             raise
         # A TPU's other memory, VMEM, is divided up by the compiler: more of it would not help.
         hbm = "hbm" in reason[0].lower()
-        what = "it does not fit" if hbm else "the compiler fails; another --accumulate may do"
+        what = "it does not fit" if hbm else "the compiler fails; another --accumulate may work"
         say(console, f"With {shown} {what}: {reason[0]}")
         return None
     say(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -53,10 +53,8 @@ def results_table(runs: Mapping[str, History], steps: int, baseline: str | None 
 
 def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -> None:
     """Validation loss over steps; of a single run, its training loss too."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     lowest = []
     for (name, run), colour in zip(runs.items(), COLOURS * 3, strict=False):
         if len(runs) == 1 and run.train_loss:
@@ -83,4 +81,3 @@ def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -63,11 +63,11 @@ def check_run(config: Any) -> None:
     given = dataclasses.asdict(config.settings)
     same = "give the same flags to resume it, another --run, or --no-resume to rename it and "
     same += "start over."
-    begun = f"{config.run} holds a run that was begun with"
-    old, new = before.pop("steps", None), now.pop("steps")
+    started = f"{config.run} holds a run that was started with"
+    old, new = before.pop("steps"), now.pop("steps")
     if old != new and now["settings.schedule"] == before.get("settings.schedule") != "constant":
         raise ValueError(
-            f"{begun} --steps {old}, not {new}, and its --schedule {now['settings.schedule']} "
+            f"{started} --steps {old}, not {new}, and its --schedule {now['settings.schedule']} "
             f"depends on their number; {same}"
         )
     for name in sorted(before.keys() | now.keys()):
@@ -79,12 +79,12 @@ def check_run(config: Any) -> None:
             part = f"{flag(PARTS[field])} {given[PARTS[field]]:g}"
             number = int(was) if was == int(was) else was
             raise ValueError(
-                f"{begun} --steps {old}, of which {part} is a part: to make it longer with the "
-                f"same schedule, give {flag(field)} {number}."
+                f"{started} --steps {old} and {part}, which is a fraction of --steps: to make it "
+                f"longer with the same schedule, give {flag(field)} {number}."
             )
-        raise ValueError(f"{begun} {flag(field)} {was}, not {would_be}; {same}")
-    if old is None or new < old:
-        raise ValueError(f"{begun} --steps {old}, and cannot be made shorter, got {new}; {same}")
+        raise ValueError(f"{started} {flag(field)} {was}, not {would_be}; {same}")
+    if new < old:
+        raise ValueError(f"{started} --steps {old}, and cannot be made shorter, got {new}; {same}")
 
 
 def lasting(stored: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def check_data(folder: Path, files: Mapping[str, Any]) -> None:
         path = folder / name
         if path.exists() and read_json(path) != content:
             raise ValueError(
-                f"{folder} holds a run that was begun with other data, as its {name} shows; give "
+                f"{folder} holds a run that was started with other data, as its {name} shows; give "
                 "that data to resume it, another --run, or --no-resume to rename it and start "
                 "over."
             )

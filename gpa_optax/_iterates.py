@@ -208,7 +208,7 @@ def _is_masked(node: Any) -> bool:
 _FORM = (
     "Give the params that belong to opt_state, with the structure that init was given "
     "(in Flax NNX: nnx.state(model, nnx.Param)), and opt_state in the form that init gave it "
-    "(where dicts are left of it, its masks are lost; in Flax NNX: nnx.merge brings them back)."
+    "(turning it into dicts loses its masks; in Flax NNX: nnx.merge brings them back)."
 )
 
 

@@ -106,7 +106,7 @@ def check_peak(name: str, value: Any, with_schedules: str) -> None:
     """Checks the learning rate that a schedule is made from: a positive number, or traced."""
     if callable(value):
         raise TypeError(
-            f"{name} must be a number, of which the schedule is made, got {value!r}. Give the "
+            f"{name} must be a number, from which the schedule is made, got {value!r}. Give the "
             f"peak, or for a schedule of your own use {with_schedules}."
         )
     check_positive(name, value, "Give the peak of the learning rate, such as 1e-3.")

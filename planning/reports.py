@@ -54,7 +54,7 @@ def show_memory(
     console.print(
         f"It fits into the {target.memory:.2f} GiB of a device and leaves {amount(free)}."
         if free >= 0
-        else f"It does not fit into the {target.memory:.2f} GiB of a device: {amount(-free)} lack.",
+        else f"It does not fit into the {target.memory:.2f} GiB of a device, by {amount(-free)}.",
         highlight=False,
     )
     if target.platform == "cuda" and 0 <= free < 0.25 * target.memory * GIB:

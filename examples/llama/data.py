@@ -100,7 +100,8 @@ class TextData:
             splits = open_hub(self.source, self.column, "--data.source")
             if "train" not in splits:
                 raise ValueError(
-                    f"--data.source {self.source} has no split train, but {', '.join(splits)}."
+                    f"--data.source {self.source} has no split train; its splits are "
+                    f"{', '.join(splits)}."
                 )
             corpus, other = splits["train"], splits.get("validation")
         else:
@@ -290,7 +291,7 @@ class _InTurnIterator(grain.DatasetIterator):
         if missing:
             raise ValueError(
                 f"The checkpoint holds no place in the data for reader {missing[0]}: give "
-                "--data.readers as it was when the run was begun, or start over in another --run."
+                "--data.readers as it was when the run was started, or start over in another --run."
             )
         for number, reader in self._readers.items():
             reader.set_state(state[number])

@@ -129,9 +129,8 @@ class _DocumentsIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         if state["identity"] != self._documents.identity:
             raise ValueError(
-                "The place in the data that the checkpoint holds is one in another text, or for "
-                "another --seed or --data.readers: continue with those, or start over in another "
-                "--run."
+                "The checkpoint's position in the data belongs to another text, --seed or "
+                "--data.readers: resume with those, or start over in another --run."
             )
         self._place = state["place"]
         self._walk = self._documents.walk(**self._place)

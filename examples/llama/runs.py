@@ -112,7 +112,7 @@ def choose(folder: Path, steps: Sequence[int], checkpoint: Checkpoint) -> int:
     if checkpoint not in steps:
         there = ", ".join(str(step) for step in sorted(steps))
         raise ValueError(
-            f"--checkpoint {checkpoint}: {folder} has no checkpoint of that step, but of {there}."
+            f"--checkpoint {checkpoint}: {folder} has no checkpoint of that step; it has {there}."
         )
     return checkpoint
 

@@ -54,9 +54,14 @@ class ViTFlags(Training):
         height, width, channels = images.image_shape
         shape = {"image_size": height, "channels": channels, "classes": images.classes}
         if self.preset == "tiny" and height == width:
-            patch = self.model.patch if height // self.model.patch <= 8 else height // 7
-            model = dataclasses.replace(self.model, **shape, patch=patch)
-            return dataclasses.replace(self, model=model)
+            default, model = PRESETS["tiny"], self.model
+            patch = model.patch if height // model.patch <= 8 else height // 7
+            adapted = {
+                name: value
+                for name, value in {**shape, "patch": patch}.items()
+                if getattr(model, name) == getattr(default, name)  # else it was given
+            }
+            self = dataclasses.replace(self, model=dataclasses.replace(model, **adapted))
         wanted = {name: getattr(self.model, name) for name in shape}
         if wanted != shape or height != width:
             size = wanted["image_size"]

@@ -440,7 +440,7 @@ def test_going_on_with_another_tokenizer_is_refused(trained, tokenizer):
         files: ClassVar = {"tokenizer.json": json.loads(tokenizer.to_str())}
 
     before = (trained.run / "tokenizer.json").read_text()
-    with pytest.raises(ValueError, match="begun with other data, as its tokenizer"):
+    with pytest.raises(ValueError, match="started with other data, as its tokenizer"):
         start_or_resume(trained, Console(quiet=True), Changed())
     assert (trained.run / "tokenizer.json").read_text() == before
 

@@ -24,6 +24,7 @@ from examples.llama.data import TextData
 from examples.settings import NAMES, Settings, without_effect
 from examples.vit.config import TrainViT
 from examples.vit.data import ImageData
+from examples.vit.model import PRESETS
 from helpers import programs
 
 STEPS = 6
@@ -203,3 +204,27 @@ def test_held_out_has_no_effect_on_images_with_a_validation_set(tmp_path):
     with pytest.raises(ValueError, match=r"--data.held-out 0.3 has no effect with .* validation: "):
         train_command(TrainViT, "test", [*arguments, "--run", "r"], Console(quiet=True))
     assert ImageData().prepare().without_effect == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "fitted"),
+    [("--model.patch", 2, 4), ("--model.channels", 1, 3), ("--model.classes", 10, 2)],
+)
+def test_the_smallest_vit_adapts_to_the_images_what_was_not_given(tmp_path, flag, given, fitted):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.new("RGB", (28, 28)).save(tmp_path / name / f"{index}.png")
+    data = ImageData(str(tmp_path))
+    images, field = data.prepare(), flag.removeprefix("--model.")
+    adapted = TrainViT(data=data).fitted(images).model
+    assert (adapted.image_size, adapted.channels, adapted.classes, adapted.patch) == (28, 3, 2, 4)
+    arguments = ["--data.source", str(tmp_path), flag, str(given), "--run", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=f"{flag} {given} is not what .* {fitted}: "):
+        train_command(TrainViT, "test", arguments, Console(quiet=True))
+    other = dataclasses.replace(PRESETS["tiny"], image_size=28, **{field: 14})
+    if field == "patch":
+        assert TrainViT(data=data, model=other).fitted(images).model.patch == 14
+    else:
+        with pytest.raises(ValueError, match=f"and {flag}|, {flag}"):
+            TrainViT(data=data, model=other).fitted(images)

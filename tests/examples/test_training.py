@@ -163,7 +163,7 @@ def test_a_run_with_other_flags_is_not_mixed_with_this_one(tmp_path):
     config = llama(tmp_path)
     train(config)
     faster = dataclasses.replace(config.settings, learning_rate=1.0)
-    with pytest.raises(ValueError, match=r"begun with --learning-rate 0.032, not 1.0"):
+    with pytest.raises(ValueError, match=r"started with --learning-rate 0.032, not 1.0"):
         train(dataclasses.replace(config, settings=faster))
     out = io.StringIO()
     start_over(config.run, Console(file=out, width=500))  # as --no-resume does
@@ -217,11 +217,11 @@ def test_a_run_made_longer_is_the_long_run_bit_for_bit(tmp_path, optimizer, sett
     [
         ({"schedule": "linear"}, 24, "--steps 12, not 24, and its --schedule linear depends on"),
         ({"schedule": "wsd"}, 24, "--steps 12, not 24, and its --schedule wsd depends on"),
-        ({"warmup": 0.3}, 24, "--steps 12, of which --warmup 0.3 is a part: to make it longer with "
-         "the same schedule, give --warmup 4."),
-        ({"average": "constant", "window": 0.25}, 24, "of which --window 0.25 is a part: to make "
-         "it longer with the same schedule, give --mu-x 0.66"),
-        ({"mu_y_warmup": 0.5}, 24, "of which --mu-y-warmup 0.5 is a part: .*give --mu-y-warmup 6"),
+        ({"warmup": 0.3}, 24, "--steps 12 and --warmup 0.3, which is a fraction of --steps: "
+         "to make it longer with the same schedule, give --warmup 4."),
+        ({"average": "constant", "window": 0.25}, 24, "--window 0.25, which is a fraction of --steps: "
+         "to make it longer with the same schedule, give --mu-x 0.66"),
+        ({"mu_y_warmup": 0.5}, 24, "--mu-y-warmup 0.5, which is a fraction.*give --mu-y-warmup 6"),
         ({}, 6, "--steps 12, and cannot be made shorter, got 6; give the same flags"),
     ],
 )  # fmt: skip

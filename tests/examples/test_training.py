@@ -219,8 +219,8 @@ def test_a_run_made_longer_is_the_long_run_bit_for_bit(tmp_path, optimizer, sett
         ({"schedule": "wsd"}, 24, "--steps 12, not 24, and its --schedule wsd depends on"),
         ({"warmup": 0.3}, 24, "--steps 12 and --warmup 0.3, which is a fraction of --steps: "
          "to make it longer with the same schedule, give --warmup 4."),
-        ({"average": "constant", "window": 0.25}, 24, "--window 0.25, which is a fraction of --steps: "
-         "to make it longer with the same schedule, give --mu-x 0.66"),
+        ({"average": "constant", "window": 0.25}, 24, "--window 0.25, which is a fraction of "
+         "--steps: to make it longer with the same schedule, give --mu-x 0.66"),
         ({"mu_y_warmup": 0.5}, 24, "--mu-y-warmup 0.5, which is a fraction.*give --mu-y-warmup 6"),
         ({}, 6, "--steps 12, and cannot be made shorter, got 6; give the same flags"),
     ],

@@ -111,6 +111,18 @@ def table(study: str, store: Store) -> Table:
     return HEADINGS, lines
 
 
+def seeds(store: Store) -> Table:
+    """The losses at the end of every run of the study "blocks", seed by seed."""
+    lines = []
+    for condition, contrasts in complete("blocks", store):
+        of_all = {"adamw": contrasts[0].baseline}
+        of_all |= {contrast.name: contrast.contender for contrast in contrasts}
+        for name, runs in of_all.items():
+            losses = ", ".join(f"{run.final:.3f}" for run in runs)
+            lines.append([condition if name == "adamw" else "", name, losses])
+    return ("", "", "loss at the end, a number for each seed"), lines
+
+
 def run_cells(runs: Sequence[Result]) -> list[str]:
     member = runs[0].member
     return [f"{member.learning_rate:.2g}, warmup {member.warmup:.0%}", f"{mean_final(runs):.4f}"]

@@ -142,6 +142,7 @@ def tables(store: Store) -> dict[str, Callable[[], str]]:
     for name in STUDIES:
         found[f"evidence-{name}"] = lambda name=name: evidence_tables.table(name, evidence)
     found["evidence-in-brief"] = lambda: evidence_tables.brief(evidence)
+    found["evidence-seeds"] = lambda: evidence_tables.seeds(evidence)
     found["evidence-tuning"] = lambda: evidence_tables.tuning(evidence)
     texts = {name: lambda table=table: markdown(table()) for name, table in found.items()}
     for name, table in accelerator_tables.TABLES.items():

@@ -189,6 +189,17 @@ def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contra
     return [Contrast(name, one, baseline) for name, one in zip(names, others, strict=True)]
 
 
+# Warmup: was AdamW's best one between those of the grid, or beyond them?
+OTHER_WARMUPS = (0.1, 0.3)
+
+
+def other_warmups(run: Run, store: Store) -> list[Contrast]:
+    """AdamW at its tuned learning rate, against its tuned warmup."""
+    base = tuned_adamw(store, run)
+    named = {f"warmup of {part:.0%}": base._replace(warmup=part) for part in OTHER_WARMUPS}
+    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:4]))
+
+
 # The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
 MAP = [
     *((16, steps) for steps in (300, 1000, 3000, 8000)),
@@ -386,6 +397,10 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     "blocks": {
         name: functools.partial(against_tuned_adamw, run, BLOCKS)
         for name, run in BLOCK_RUNS.items()
+    },
+    "warmup": {
+        name: functools.partial(other_warmups, BLOCK_RUNS[name])
+        for name in ("1,000 steps of 32", "400 steps of 256")
     },
     "length": {
         f"{steps:,} steps": functools.partial(

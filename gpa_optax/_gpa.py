@@ -114,7 +114,8 @@ def gpa(
         run. See `gpa_optax.averaging` for constants and schedules, among them schedules that stay
         exact near 1.
       mu_y: how far y lies from z towards x, in [0, 1): a float or a schedule. It acts as the
-        momentum. A schedule must stay below 1, where z is lost.
+        momentum. A schedule must stay below 1, where z is lost; its value at an update places the y
+        of the next gradient.
       base_params: which iterate the base optimizer is given as its params, and so where decoupled
         weight decay acts: "z", as in the paper, or "y".
       state_dtype: the dtype of x, and of y when the params are narrower than it. Default: float32
@@ -205,7 +206,9 @@ def gpa(
         x, y = x_and_y(state, params)
         mu_y_now = jnp.asarray(_mu_at(mu_y, state.count), state.last_mu_y.dtype)
 
-        # The base optimizer's step from z to z', with the gradient at y.
+        # The base optimizer's step from z to z', with the gradient at y. Algorithm 1 forms y when a
+        # step begins. Optax takes the gradient before `update`, so here y is formed when a step
+        # ends, and z is recovered with the mu_y of that step.
         step, base_state = base_optimizer.update(
             jax.tree.map(lambda g, y: jnp.asarray(g, y.dtype), updates, y),
             state.base_state,
@@ -288,8 +291,9 @@ def _average_leaf(
 
     # x' = mu_x x + (1 - mu_x) z', which is x + (1 - mu_x) (z' - x).
     new_x = (wide_x + w * (gap + step)).astype(x.dtype)
-    # y' = mu_y' x' + (1 - mu_y') z', less the same of the last update: y = mu_y x + (1 - mu_y) z.
+    # y' = mu x' + (1 - mu) z', less the same of the last update: y = last_mu x + (1 - last_mu) z.
     change = mu * (new_x.astype(y.dtype) - wide_x) + (1 - mu) * step + (last_mu - mu) * gap
+    # Without z' the two equations say x' = x + w / (1 - mu + mu w) (y' - x).
     return _in_one_kernel(x, y, new_x, change, param, w / (1 - mu + mu * w), y_is_stored)
 
 

@@ -157,6 +157,8 @@ def test_the_table_has_a_line_for_each_contender_and_says_what_it_saves():
     assert annealed[4].startswith("-0.1000 (")
     assert annealed[6].startswith("+10.0% (")
     assert anytime[4:] == ["diverged", "", "", ""]
+    [_, by_seed, *_] = evidence_tables.seeds(results)[1]
+    assert by_seed == ["", "annealed_adamw", ", ".join(f"{2.9 + 1e-3 * s:.3f}" for s in FRESH[:8])]
 
 
 def test_a_prediction_takes_three_conditions():

@@ -267,7 +267,7 @@ def brief(store: Store) -> Table:
             d, s = difference(named[name]), saving(named[name])
             cells += [
                 "diverged" if d is None else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
-                f"{s.saved:+.0%} (by chance within {s.by_chance:.0%})",
+                f"{s.saved:+.0%} ({s.low:+.0%} to {s.high:+.0%}; by chance ±{s.by_chance:.0%})",
             ]
         lines.append([condition, f"{mean_final(contrasts[0].baseline):.3f}", *cells])
     headings = ["", "tuned AdamW ends at"]

@@ -1,7 +1,10 @@
 """Flax NNX: the model trains at y, and a clone of it is given x for evaluation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from gpa_optax import annealed_adamw, eval_params
@@ -28,12 +31,13 @@ def make_batch(key, size=128):
 
 model = MLP(nnx.Rngs(0))
 steps = 300
-optimizer = nnx.Optimizer(
-    model, annealed_adamw(2e-2, steps, warmup_steps=steps // 5), wrt=nnx.Param
+transformation = optax.chain(
+    optax.clip_by_global_norm(1.0), annealed_adamw(2e-2, steps, warmup_steps=steps // 5)
 )
+optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
 
-@nnx.jit
+@functools.partial(nnx.jit, donate_argnums=(0, 1))
 def train_step(model, optimizer, batch):
     optimizer.update(model, nnx.grad(loss)(model, batch))
 
@@ -43,7 +47,7 @@ start = loss(model, validation)
 for step in range(steps):
     train_step(model, optimizer, make_batch(jax.random.fold_in(jax.random.key(2), step)))
     if (step + 1) % 100 == 0:
-        # The same filter as wrt; again for each evaluation.
+        # The same filter as wrt; again for each evaluation, since the next step donates the arrays.
         x = eval_params(optimizer.opt_state, nnx.state(model, nnx.Param))
         eval_model = nnx.clone(model)
         nnx.update(eval_model, x)

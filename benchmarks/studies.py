@@ -238,6 +238,17 @@ def centre(name: str, adamws: float) -> float:
     return 2 * adamws if name in BLOCKS else adamws
 
 
+# Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule brought nothing.
+UNTUNED: dict[str, Form] = {"annealed_adamw": ("annealed", {}), "anytime_adamw": ("anytime", {})}
+
+
+def tuned_one_liners(run: Run, store: Store) -> list[Contrast]:
+    base = tuned_adamw(store, run, refine=run.steps <= 2000)
+    rates = octaves(base.learning_rate)
+    settings = tuned_forms(store, run, UNTUNED, rates)
+    return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:8]))
+
+
 # Length: fresh data, one size of model, 1,000 to 8,000 steps, and how many seeds of each.
 LENGTHS = {1000: 8, 2000: 8, 4000: 8, 8000: 4}
 # These have a search of their own, where the one-liners have none.
@@ -397,6 +408,9 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     "blocks": {
         name: functools.partial(against_tuned_adamw, run, BLOCKS)
         for name, run in BLOCK_RUNS.items()
+    },
+    "tuned": {
+        "4,000 steps of 32": functools.partial(tuned_one_liners, BLOCK_RUNS["4,000 steps of 32"])
     },
     "warmup": {
         name: functools.partial(other_warmups, BLOCK_RUNS[name])

@@ -79,8 +79,8 @@ def gpa(
     narrower than float32, the state also stores :math:`y` in float32, and the params are its cast.
 
     The defaults are the paper's constants after a uniform start. They are for long runs: around a
-    base that has a momentum of its own they lost to AdamW in runs of 1,000 steps, and longer ones
-    are not measured. `annealed_adamw` and `anytime_adamw` are settings for runs of any length.
+    base that has a momentum of its own they lost to AdamW in runs of 400 and 1,000 steps, and could
+    not be told from it in 4,000. `annealed_adamw` and `anytime_adamw` are settings for any length.
 
     ========================  ==================================================================
     Setting                   Method

@@ -26,7 +26,7 @@ from benchmarks.statistics import (
     trend,
 )
 from benchmarks.store import Store, settled
-from benchmarks.studies import ONE_LINERS, STUDIES, Contrast
+from benchmarks.studies import ONE_LINERS, STUDIES, TUNING, UNTUNED, Contrast
 from examples.llama.model import Llama, LlamaConfig
 from examples.plots import COLOURS
 
@@ -129,21 +129,25 @@ def run_cells(runs: Sequence[Result]) -> list[str]:
 
 
 def tuning(store: Store) -> Table:
-    """What was tried to tune AdamW, the best first, in each workload and length."""
-    groups: dict[tuple[int, int], dict[tuple[float, float], list[float]]] = {}
+    """The tuning trials of AdamW and of the one-liners, the best first, in each run."""
+    tuned = {"adamw", *(optimizer for optimizer, _ in UNTUNED.values())}
+    groups: dict[tuple[int, int, str], dict[tuple[float, float], dict[int, float]]] = {}
     for result in store:
         member = result.member
-        if member.optimizer == "adamw" and member.seed < 2000 and not member.knobs:
-            cell = groups.setdefault((member.steps, member.workload.batch_size), {})
-            cell.setdefault((member.learning_rate, member.warmup), []).append(result.final)
+        if member.seed in TUNING and member.optimizer in tuned and not member.knobs:
+            key = (member.steps, member.workload.batch_size, member.optimizer)
+            setting = member.learning_rate, member.warmup
+            groups.setdefault(key, {}).setdefault(setting, {})[member.seed] = result.final
     lines = []
-    for (steps, batch), cell in sorted(groups.items()):
-        ordered = sorted(cell.items(), key=lambda item: np.mean(item[1]))
+    for (steps, batch, optimizer), cell in sorted(groups.items()):
+        ordered = sorted(cell.items(), key=lambda item: np.mean([*item[1].values()]))
         for (rate, warmup), finals in ordered:
-            first = f"{steps:,} steps of {batch}" if finals is ordered[0][1] else ""
-            losses = ", ".join(f"{final:.4f}" for final in finals)
-            lines.append([first, f"{rate:.2g}", f"{warmup:.0%}", losses])
-    return ("", "learning rate", "warmup", "loss at the end, a number for each seed"), lines
+            first = finals is ordered[0][1]
+            losses = [f"{finals[seed]:.4f}" if seed in finals else "" for seed in TUNING]
+            names = (f"{steps:,} steps of {batch}", optimizer) if first else ("", "")
+            lines.append([*names, f"{rate:.2g}", f"{warmup:.0%}", *losses])
+    headings = ("", "", "learning rate", "warmup", *(f"loss, seed {seed}" for seed in TUNING))
+    return headings, lines
 
 
 def prediction(store: Store) -> str:

@@ -65,13 +65,19 @@ class Store:
         self.paths, self.kind = paths, kind
         self.read()
 
+    @property
+    def name(self) -> str:
+        """Of its locks."""
+        path = self.paths[0].absolute()
+        return f"{path.parent.name}-{path.stem}"
+
     def read(self) -> None:
         """Reads the files again, because other processes may have added results."""
         lines = [line for p in self.paths if p.exists() for line in p.read_text().splitlines()]
         self.records = {(record := json.loads(line))["identity"]: record for line in lines}
 
     def add(self, results: Iterable[Any]) -> None:
-        with locked(self.paths[0].parent.name):
+        with locked(self.name):
             self.read()
             for record in map(self.kind.record, results):
                 self.records.setdefault(record["identity"], record | circumstances())
@@ -231,7 +237,7 @@ def work(
     for number, run in enumerate(runs, start=1):
         if os.getppid() != parent:
             return
-        with locked(f"{paths[0].parent.name}-{kind.identity(run)}", wait=False) as mine:
+        with locked(f"{store.name}-{kind.identity(run)}", wait=False) as mine:
             store.read()
             if not mine or run in store:
                 continue

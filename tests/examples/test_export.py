@@ -500,7 +500,7 @@ def test_what_is_no_run_is_named_in_one_sentence(trained, tmp_path, function):
     fails(json.dumps(stored), None, "has no tokenizer.json")
     fails(None, tokenizer, "has no checkpoint yet")
     (tmp_path / "run" / "checkpoints").symlink_to(trained.run / "checkpoints")
-    fails(None, None, "no checkpoint of that step, but of 4, 8, 12", "--checkpoint", "7")
+    fails(None, None, "no checkpoint of that step; it has 4, 8, 12", "--checkpoint", "7")
     fails(None, None, "--checkpoint best: no checkpoint in", "--checkpoint", "best")
     assert not (tmp_path / "out").exists()
 

@@ -231,7 +231,7 @@ def over_length(store: Store) -> dict[str, dict[str, Series]]:
     found: dict[str, dict[str, Series]] = {}
     for name in ONE_LINERS:
         for point in over_length_and_size(name, store):
-            size = f"{point.parameters / 1e6:.2g}M parameters"
+            size = f"{point.parameters / 1e6:.3g}M parameters"
             found.setdefault(name, {}).setdefault(size, []).append(
                 (point.steps, saving(point.contrast))
             )

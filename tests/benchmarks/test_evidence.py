@@ -200,7 +200,7 @@ def test_the_saving_over_length_is_fitted_and_drawn():
     found = evidence_tables.over_length(results)
     [(name, sizes), _] = found.items()
     assert name == "annealed_adamw"
-    assert [*sizes] == ["0.13M parameters", "0.25M parameters"]
-    assert [steps for steps, _ in sizes["0.13M parameters"]] == [1000, 2000, 4000, 8000]
+    assert [*sizes] == ["0.125M parameters", "0.246M parameters"]
+    assert [steps for steps, _ in sizes["0.125M parameters"]] == [1000, 2000, 4000, 8000]
     figure = evidence_tables.length_figure(found)
     assert [axes.get_title() for axes in figure.axes] == ["annealed_adamw", "anytime_adamw"]

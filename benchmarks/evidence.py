@@ -13,7 +13,6 @@ import argparse
 import functools
 import os
 import sys
-import time
 from pathlib import Path
 
 from benchmarks import corpus
@@ -59,10 +58,7 @@ def main() -> int:
     while members := next_members(store, flags.studies or [*STUDIES], flags.folder):
         print(f"{len(members)} runs can be made now, {len(store.records)} are stored.")
         # A few at a time: what is tuned first decides which runs are worth most.
-        before = len(store.records)
         make(store, members[: 4 * flags.workers], flags.workers, train)
-        if len(store.records) == before:  # other processes are making all of them
-            time.sleep(30)
     return 0
 
 

@@ -26,7 +26,7 @@ from benchmarks.statistics import (
     trend,
 )
 from benchmarks.store import Store, settled
-from benchmarks.studies import ONE_LINERS, STUDIES, TUNING, UNTUNED, Contrast
+from benchmarks.studies import ONE_LINER_FORMS, ONE_LINERS, STUDIES, TUNING, Contrast
 from examples.llama.model import Llama, LlamaConfig
 from examples.plots import COLOURS
 
@@ -118,8 +118,8 @@ def seeds(store: Store) -> Table:
         of_all = {"adamw": contrasts[0].baseline}
         of_all |= {contrast.name: contrast.contender for contrast in contrasts}
         for name, runs in of_all.items():
-            losses = ", ".join(f"{run.final:.3f}" for run in runs)
-            lines.append([condition if name == "adamw" else "", name, losses])
+            finals = ", ".join(f"{run.final:.3f}" for run in runs)
+            lines.append([condition if name == "adamw" else "", name, finals])
     return ("", "", "loss at the end, a number for each seed"), lines
 
 
@@ -130,7 +130,7 @@ def run_cells(runs: Sequence[Result]) -> list[str]:
 
 def tuning(store: Store) -> Table:
     """The tuning trials of AdamW and of the one-liners, the best first, in each run."""
-    tuned = {"adamw", *(optimizer for optimizer, _ in UNTUNED.values())}
+    tuned = {"adamw", *(optimizer for optimizer, _ in ONE_LINER_FORMS.values())}
     groups: dict[tuple[int, int, str], dict[tuple[float, float], dict[int, float]]] = {}
     for result in store:
         member = result.member

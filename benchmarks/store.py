@@ -19,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from examples.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 LOCKS = Path("runs/locks")
+PATIENCE = 30.0  # seconds to wait where all runs are being made elsewhere
 COMPILED = Path("runs/compiled")  # the programs of all workers
 
 
@@ -203,6 +205,7 @@ def make(
     store.read()
     if all(run in store for run in runs):
         return
+    before = len(store.records)
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
     how = {"parent": os.getpid(), "train": train, "niceness": niceness}
@@ -217,6 +220,8 @@ def make(
     store.read()
     if failed := [process.exitcode for process in processes if process.exitcode]:
         raise RuntimeError(f"Workers ended with exit status {failed}; their output is above.")
+    if len(store.records) == before:  # other processes are making all of them
+        time.sleep(PATIENCE)
 
 
 def work(

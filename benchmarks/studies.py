@@ -162,7 +162,12 @@ BLOCK_RUNS = {
 BLOCKS = {"annealed_adamw": annealed, "anytime_adamw": anytime, "gpa(optax.adamw)": as_typed_first}
 
 
-ONE_LINERS = {name: BLOCKS[name] for name in ("annealed_adamw", "anytime_adamw")}
+# The one-liners where they have a search of their own, and by the rule.
+ONE_LINER_FORMS: dict[str, Form] = {
+    "annealed_adamw": ("annealed", {}),
+    "anytime_adamw": ("anytime", {}),
+}
+ONE_LINERS = {name: BLOCKS[name] for name in ONE_LINER_FORMS}
 
 
 def against_tuned_adamw(
@@ -206,11 +211,7 @@ MAP = [
     *((64, steps) for steps in (300, 1000, 3000)),
     *((256, steps) for steps in (100, 300, 1000)),
 ]
-MAP_FORMS: dict[str, Form] = {
-    "annealed_adamw": ("annealed", {}),
-    "anytime_adamw": ("anytime", {}),
-    "paper": ("gpa-adamw", PAPER),
-}
+MAP_FORMS: dict[str, Form] = {**ONE_LINER_FORMS, "paper": ("gpa-adamw", PAPER)}
 
 
 def cell_of_the_map(batch: int, steps: int, store: Store) -> list[Contrast]:
@@ -239,13 +240,10 @@ def centre(name: str, adamws: float) -> float:
 
 
 # Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule brought nothing.
-UNTUNED: dict[str, Form] = {"annealed_adamw": ("annealed", {}), "anytime_adamw": ("anytime", {})}
-
-
 def tuned_one_liners(run: Run, store: Store) -> list[Contrast]:
     base = tuned_adamw(store, run, refine=run.steps <= 2000)
     rates = octaves(base.learning_rate)
-    settings = tuned_forms(store, run, UNTUNED, rates)
+    settings = tuned_forms(store, run, ONE_LINER_FORMS, rates)
     return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:8]))
 
 

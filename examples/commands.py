@@ -82,7 +82,8 @@ def open_data(config: Any, arguments: Sequence[str], console: Console) -> Any:
     """Opens the data of a workload's configuration.
 
     Raises:
-      ValueError: if it cannot be used, or if a flag among the arguments has no effect on it.
+      ValueError: if it cannot be used, if a flag among the arguments has no effect on it, or if it
+        decides what a flag of the model says otherwise.
     """
     with console.status("Opening the data"):
         data = config.open_data()

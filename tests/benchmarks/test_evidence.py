@@ -204,3 +204,25 @@ def test_the_saving_over_length_is_fitted_and_drawn():
     assert [steps for steps, _ in sizes["0.125M parameters"]] == [1000, 2000, 4000, 8000]
     figure = evidence_tables.length_figure(found)
     assert [axes.get_title() for axes in figure.axes] == ["annealed_adamw", "anytime_adamw"]
+
+
+def test_a_run_that_diverged_counts_as_infinitely_bad_and_stops_no_table():
+    results = savings_of(lambda steps: 0.1)
+    make = results.make
+
+    def diverging(members):
+        make(members)
+        for m in members:
+            if m.optimizer == "anytime" and m.seed == FRESH[3]:
+                curve = {name: values[:2] for name, values in results[m].curve.items()}
+                results[m] = Result(m, curve, math.inf, 0.0)
+
+    results.make = diverging
+    for study in ("blocks", "transfer"):
+        for condition in STUDIES[study].values():
+            results.finish(condition)
+    *_, annealed, anytime, bad = evidence_tables.brief(results)[1][0]
+    assert annealed.startswith("+10% (")
+    assert (anytime, bad[:5]) == ("diverged", "-50% ")
+    assert "`anytime_adamw` is predicted to save -50%" in evidence_tables.prediction(results)
+    assert "anytime_adamw" not in next(iter(evidence_tables.curves(results).values()))

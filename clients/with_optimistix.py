@@ -26,7 +26,9 @@ def minimise(optimizer, steps):
 
 # Optimistix gives every update `value_fn`, which GPA takes with base_params="y" alone: weight decay
 # would be at y. Without decay that is all the same.
-optimizer = optax.chain(optax.clip_by_global_norm(1.0), gpa_sgd(0.05, 0.9, 0.9, base_params="y"))
+optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), gpa_sgd(0.05, mu_x=0.9, mu_y=0.9, base_params="y")
+)
 steps = 300
 solution = minimise(optimizer, steps)
 opt_state, y = solution.state.opt_state, solution.value

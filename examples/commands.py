@@ -28,7 +28,7 @@ from examples.workload import Data
 # traceback of an error in its threads, which it raises as well.
 absl.logging.set_verbosity(absl.logging.FATAL)
 
-
+HEARTBEAT_SECONDS = 25  # of silence, after which a process of a distributed run is taken for gone
 # How XLA's errors begin. Some calls of JAX raise a ValueError for a failed collective.
 XLA_STATUS = re.compile(r"[A-Z_]+: ")
 Command = Callable[[Sequence[str], Console], int]
@@ -174,7 +174,7 @@ def run_command(command: Command, arguments: Sequence[str] | None = None) -> int
 def connect(flags: Distributed) -> None:
     """Joins the processes; must be called before anything else touches jax's devices.
 
-    When a process is gone, JAX ends the others after `heartbeat_timeout_seconds`.
+    When a process is gone, JAX ends the others after `HEARTBEAT_SECONDS`.
 
     Raises:
       ValueError: if flags contradict each other or the processes do not meet.
@@ -188,7 +188,10 @@ def connect(flags: Distributed) -> None:
         raise ValueError("Give --coordinator, --processes and --process together, or none.")
     try:
         jax.distributed.initialize(
-            flags.coordinator, flags.processes, flags.process, heartbeat_timeout_seconds=25
+            flags.coordinator,
+            flags.processes,
+            flags.process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed: {error}") from error

@@ -112,7 +112,9 @@ def annealed_adamw(
       Defazio et al., `Smoothing DiLoCo with Primal Averaging for Faster Training of LLMs
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
-    check_peak("learning_rate", learning_rate, "gpa_adamw(schedule, averaging.annealed(...), b1=0)")
+    check_peak(
+        "learning_rate", learning_rate, "gpa_adamw(schedule, mu_x=averaging.annealed(...), b1=0)"
+    )
     check_steps("steps", steps, 1)
     check_steps("warmup_steps", warmup_steps, 0)
     if warmup_steps >= steps:
@@ -134,8 +136,8 @@ def annealed_adamw(
     average = averaging.annealed(averaging.from_horizon(horizon), shape, peak=1.0)
     return gpa_adamw(
         lambda count: learning_rate * shape(count),
-        average,
-        mu_y,
+        mu_x=average,
+        mu_y=mu_y,
         b1=0.0,
         b2=b2,
         eps=eps,
@@ -217,14 +219,14 @@ def anytime_adamw(
       <https://arxiv.org/abs/2512.17131>`_, 2025
     """
     check_peak(
-        "learning_rate", learning_rate, "gpa_adamw(schedule, averaging.lr_weighted(...), b1=0)"
+        "learning_rate", learning_rate, "gpa_adamw(schedule, mu_x=averaging.lr_weighted(...), b1=0)"
     )
     check_steps("warmup_steps", warmup_steps, 0)
     shape = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else lambda count: 1.0
     return gpa_adamw(
         lambda count: learning_rate * shape(count),
-        averaging.lr_weighted(shape, warmup_steps),
-        mu_y,
+        mu_x=averaging.lr_weighted(shape, warmup_steps),
+        mu_y=mu_y,
         b1=0.0,
         b2=b2,
         eps=eps,
@@ -237,6 +239,7 @@ def anytime_adamw(
 
 def gpa_adamw(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     b1: jax.typing.ArrayLike = 0.9,
@@ -246,7 +249,6 @@ def gpa_adamw(
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: MaskOrFn = None,
-    *,
     nesterov: bool = False,
     base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
@@ -332,12 +334,12 @@ def _is_zero(value: jax.typing.ArrayLike) -> bool:
 
 def gpa_sgd(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     momentum: jax.typing.ArrayLike | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
-    *,
     base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -389,6 +391,7 @@ def gpa_sgd(
 
 def gpa_lion(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     b1: jax.typing.ArrayLike = 0.9,
@@ -396,7 +399,6 @@ def gpa_lion(
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: MaskOrFn = None,
-    *,
     base_params: Literal["z", "y"] = "z",
     state_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -459,6 +461,7 @@ def gpa_lion(
 
 def gpa_muon(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     mu_x: optax.ScalarOrSchedule = averaging.warmed_up(0.9967),
     mu_y: optax.ScalarOrSchedule = 0.7,
     ns_coeffs: tuple[Any, ...] | str = (3.4445, -4.7750, 2.0315),
@@ -468,7 +471,6 @@ def gpa_muon(
     weight_decay: jax.typing.ArrayLike = 0.0,
     weight_decay_mask: MaskOrFn = None,
     mu_dtype: Any = None,
-    *,
     nesterov: bool = True,
     adaptive: bool = False,
     preconditioning: Literal["frobenius", "spectral", "aol", "schatten"] = "frobenius",

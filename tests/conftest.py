@@ -47,21 +47,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(NEEDS_MUON)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """The trainer's programs take seconds to optimize and less to run, so its tests do without,
-    unless the environment says otherwise. Those that start processes test optimized programs."""
+    """The trainer's programs take seconds to optimize and less to run, so its tests, and the
+    processes that they start, do without, unless the environment or a marker says otherwise."""
     trainer = request.path.parent.name in ("examples", "benchmarks")
-    if (
-        not trainer
-        or request.node.get_closest_marker("processes")
-        or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
-    ):
+    optimized = request.node.get_closest_marker("optimized")
+    if not trainer or optimized or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from examples.vit.crops import center_crop, random_crop, resize, shift
 
@@ -142,6 +141,8 @@ def open_source(source: str, image_size: int | None) -> Source:
 
 
 def digits() -> Source:
+    from sklearn.datasets import load_digits  # takes a second, and is for these images alone
+
     data = load_digits()
     examples = Arrays(data.images.astype(np.uint8)[..., None], data.target.astype(np.int32))
     eight = np.float32(8)  # pixels are 0 ... 16

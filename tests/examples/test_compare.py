@@ -1,7 +1,6 @@
 """The commands as people type them: they train, stop, resume, compare, and say what is wrong."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,15 +22,13 @@ from examples.llama.config import TrainLlama
 from examples.metrics import History
 from examples.vit.__main__ import main as vit_main
 from helpers import ROOT
-from helpers.programs import on_devices, write_text
+from helpers.programs import environment, on_devices, write_text
 
 pytestmark = pytest.mark.processes
 
 MODEL = "--model.vocab-size 300 --model.dim 16 --model.hidden 32 --batch-size 4 --length 16"
+TERMINAL = {"PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
 RUN = "--evaluate-every 10 --validation-examples 8"
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-    "PYTHONUNBUFFERED": "1", "COLUMNS": "160", "JAX_PLATFORMS": "cpu",
-}  # fmt: skip
 
 
 def command(*arguments):
@@ -41,7 +38,12 @@ def command(*arguments):
 def finish(*arguments, status=0):
     """Runs a command to its end; returns what it printed."""
     done = subprocess.run(
-        command(*arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        command(*arguments),
+        cwd=ROOT,
+        env=environment() | TERMINAL,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -83,7 +85,7 @@ def test_ctrl_c_stops_a_comparison_and_the_same_command_ends_it(tmp_path, text):
         "--evaluate-every", "200", "--log-every", "1", "--out", tmp_path / "out",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, env=ENVIRONMENT, text=True,
+        command(*arguments), cwd=ROOT, env=environment() | TERMINAL, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     metrics = tmp_path / "out" / "adamw" / "metrics.jsonl"

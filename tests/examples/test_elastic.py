@@ -63,6 +63,7 @@ RUNS = {"text": text_run, "images": image_run}
 # What the commands do with their flags, for a stored configuration.
 PROGRAM = """
 import json, sys
+from examples import commands
 from examples.commands import connect, run_command, start_or_resume
 from examples.config import from_json
 from examples.llama.config import TrainLlama
@@ -71,6 +72,7 @@ from examples.vit.config import TrainViT
 def main(arguments, console):
     kind = {"llama": TrainLlama, "vit": TrainViT}[arguments[0]]
     config = from_json(kind, json.loads(arguments[1]))
+    commands.HEARTBEAT_SECONDS = {heartbeat}
     connect(config.distributed)
     {first}
     return start_or_resume(config, console, config.open_data()).status
@@ -79,13 +81,14 @@ sys.exit(run_command(main))
 """
 
 
-def start(config, count, devices=1, first=""):
-    """Starts the run in so many processes; `first` is what each does before."""
+def start(config, count, devices=1, first="", heartbeat=25):
+    """Starts the run in so many processes; `first` is what each does before, and `heartbeat` the
+    seconds of silence after which the others take one for gone."""
     address, running = f"127.0.0.1:{free_port()}", []
     for process in range(count):
         distributed = Distributed(True, address, count, process)
         stored = json.dumps(to_json(dataclasses.replace(config, distributed=distributed)))
-        program = PROGRAM.replace("{first}", first)
+        program = PROGRAM.replace("{first}", first).replace("{heartbeat}", f"{heartbeat}")
         running.append(
             subprocess.Popen(
                 [sys.executable, "-c", program, config.workload, stored], cwd=ROOT, text=True,
@@ -182,7 +185,7 @@ def test_when_a_process_is_killed_jax_ends_the_other_within_a_minute(tmp_path, v
     """Process 0 is noticed by its connections, the other by its silence. A collective that fails
     before ends in a traceback, and a checkpoint that was being written in a sentence."""
     config = dataclasses.replace(text_run(tmp_path), steps=100_000, evaluate_every=PART)
-    running = start(config, 2)
+    running = start(config, 2, heartbeat=10)
     try:
         wait_for_checkpoint(config, running)
         running[victim].send_signal(signal.SIGKILL)
@@ -234,7 +237,8 @@ def test_the_others_wait_for_a_check_that_takes_longer_than_a_collective_may(tmp
     ],
 )
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path, error, status, says):
-    running = start(text_run(tmp_path), 2, first=f"if config.distributed.process: {error}")
+    alone = f"if config.distributed.process: {error}"
+    running = start(text_run(tmp_path), 2, first=alone, heartbeat=10)
     try:
         _, errors = running[1].communicate(timeout=600)
         failed = time.monotonic()

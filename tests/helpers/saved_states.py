@@ -57,19 +57,19 @@ def programs() -> dict[str, Program]:
     adamw = {"weight_decay": DECAY}
     return {
         "gpa_adamw": Program(
-            lambda: optax.chain(clip, gpa_optax.gpa_adamw(LR, MU_X, MU_Y, **adamw)),
+            lambda: optax.chain(clip, gpa_optax.gpa_adamw(LR, mu_x=MU_X, mu_y=MU_Y, **adamw)),
             judge("adamw", clipped=True, **adamw),
         ),
         "gpa_adamw, bfloat16 params": Program(
-            lambda: gpa_optax.gpa_adamw(LR, averaging.uniform(), MU_Y, **adamw),
+            lambda: gpa_optax.gpa_adamw(LR, mu_x=averaging.uniform(), mu_y=MU_Y, **adamw),
             judge("adamw", mu_x=lambda t: t / (t + 1), **adamw),
             jnp.bfloat16,
         ),
         "gpa_adamw, b1=0, schedules": Program(
             lambda: gpa_optax.gpa_adamw(
                 WARMUP,
-                averaging.lr_weighted(WARMUP, 3),
-                optax.linear_schedule(0.5, 0.9, 20),
+                mu_x=averaging.lr_weighted(WARMUP, 3),
+                mu_y=optax.linear_schedule(0.5, 0.9, 20),
                 b1=0.0,
                 **adamw,
             ),
@@ -83,13 +83,13 @@ def programs() -> dict[str, Program]:
             ),
         ),
         "gpa_sgd": Program(
-            lambda: gpa_optax.gpa_sgd(LR, MU_X, MU_Y, momentum=0.9), judge("momentum")
+            lambda: gpa_optax.gpa_sgd(LR, mu_x=MU_X, mu_y=MU_Y, momentum=0.9), judge("momentum")
         ),
         "gpa_lion": Program(
-            lambda: gpa_optax.gpa_lion(LR, MU_X, MU_Y, weight_decay=DECAY),
+            lambda: gpa_optax.gpa_lion(LR, mu_x=MU_X, mu_y=MU_Y, weight_decay=DECAY),
             judge("lion", weight_decay=DECAY),
         ),
-        "gpa_muon": Program(lambda: gpa_optax.gpa_muon(LR, MU_X, MU_Y), None),
+        "gpa_muon": Program(lambda: gpa_optax.gpa_muon(LR, mu_x=MU_X, mu_y=MU_Y), None),
         "single_worker_diloco": Program(
             lambda: gpa_optax.single_worker_diloco(optax.adamw(LR, **adamw), PERIOD), judge_diloco
         ),

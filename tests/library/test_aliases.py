@@ -55,11 +55,12 @@ def test_signature_is_the_bases_after_mu_x_and_mu_y(alias):
     ours = inspect.signature(alias).parameters
     theirs = inspect.signature(ALIASES[alias]).parameters
     own = {"mu_x", "mu_y", "base_params", "state_dtype"}
+    # By keyword, so that optax.adamw(1e-3, 0.9, 0.999) cannot become mu_x and mu_y unnoticed.
+    assert [name for name, p in ours.items() if p.kind != p.KEYWORD_ONLY] == ["learning_rate"]
     assert [*ours][:3] == ["learning_rate", "mu_x", "mu_y"]
     assert [name for name in ours if name not in own] == [*theirs]
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
-        assert ours[name].kind == parameter.kind, name
     defaults = inspect.signature(gpa).parameters
     assert all(ours[name].default == defaults[name].default for name in own - {"mu_x"})
     for parameters in (ours, defaults):
@@ -118,7 +119,7 @@ ARGUMENTS = [
     ids=lambda v: getattr(v, "__name__", None) or "-".join(v),
 )
 def test_every_argument_reaches_the_base(alias, arguments):
-    found, opt_state = run(alias(0.05, 0.9, 0.6, **arguments), PARAMS, gradient, 8)
+    found, opt_state = run(alias(0.05, mu_x=0.9, mu_y=0.6, **arguments), PARAMS, gradient, 8)
     by_hand = gpa(ALIASES[alias](0.05, **arguments), 0.9, 0.6)
     expected, expected_state = run(by_hand, PARAMS, gradient, 8)
     for name in PARAMS:
@@ -128,7 +129,9 @@ def test_every_argument_reaches_the_base(alias, arguments):
 
     # And the last argument makes a difference, in the result or in what is stored.
     *fewer, _ = arguments
-    without = run(alias(0.05, 0.9, 0.6, **{k: arguments[k] for k in fewer}), PARAMS, gradient, 8)
+    without = run(
+        alias(0.05, mu_x=0.9, mu_y=0.6, **{k: arguments[k] for k in fewer}), PARAMS, gradient, 8
+    )
     pairs = zip(jax.tree.leaves((found, opt_state)), jax.tree.leaves(without), strict=True)
     assert any(a.dtype != b.dtype or not np.array_equal(a, b) for a, b in pairs)
 
@@ -163,7 +166,7 @@ def test_gpas_own_arguments_reach_it(alias):
     assert naive.x["w"].dtype == jnp.bfloat16
     decay = {} if alias is gpa_sgd else {"weight_decay": 0.9}
     results = [
-        run(alias(0.1, 0.9, 0.6, base_params=which, **decay), PARAMS, gradient, 8)[0]["w"]
+        run(alias(0.1, mu_x=0.9, mu_y=0.6, base_params=which, **decay), PARAMS, gradient, 8)[0]["w"]
         for which in "zy"
     ]
     assert np.allclose(*results, atol=1e-6) == (alias is gpa_sgd)
@@ -171,9 +174,9 @@ def test_gpas_own_arguments_reach_it(alias):
 
 @by_alias
 def test_floats_and_schedules_work_for_all_three(alias):
-    constant = run(alias(0.05, 0.9, 0.6), PARAMS, gradient, 10)
+    constant = run(alias(0.05, mu_x=0.9, mu_y=0.6), PARAMS, gradient, 10)
     scheduled = run(
-        alias(lambda t: 0.05, optax.constant_schedule(0.9), lambda t: 0.6 + 0.0 * t),
+        alias(lambda t: 0.05, mu_x=optax.constant_schedule(0.9), mu_y=lambda t: 0.6 + 0.0 * t),
         PARAMS,
         gradient,
         10,
@@ -185,7 +188,10 @@ def test_floats_and_schedules_work_for_all_three(alias):
             np.testing.assert_allclose(x[name], wanted[name], atol=1e-6)
     linear = optax.linear_schedule(0.05, 0.0, 10)
     moving, state = run(
-        alias(linear, averaging.uniform(), optax.linear_schedule(0, 0.9, 9)), PARAMS, gradient, 10
+        alias(linear, mu_x=averaging.uniform(), mu_y=optax.linear_schedule(0, 0.9, 9)),
+        PARAMS,
+        gradient,
+        10,
     )
     assert float(state.last_mu_y) == pytest.approx(0.9)
     assert not np.allclose(moving["w"], constant[0]["w"])
@@ -194,12 +200,12 @@ def test_floats_and_schedules_work_for_all_three(alias):
 @by_alias
 def test_all_three_can_be_injected_and_changed(alias):
     optimizer = optax.inject_hyperparams(
-        lambda learning_rate, mu_x, mu_y: alias(learning_rate, mu_x, mu_y)
+        lambda learning_rate, mu_x, mu_y: alias(learning_rate, mu_x=mu_x, mu_y=mu_y)
     )(learning_rate=0.05, mu_x=0.9, mu_y=0.6)
     found, opt_state = run(optimizer, PARAMS, gradient, 5)
-    expected, expected_state = run(alias(0.05, 0.9, 0.6), PARAMS, gradient, 5)
+    expected, expected_state = run(alias(0.05, mu_x=0.9, mu_y=0.6), PARAMS, gradient, 5)
     update = jax.jit(optimizer.update)
-    changed = alias(0.01, 0.5, 0.1)
+    changed = alias(0.01, mu_x=0.5, mu_y=0.1)
     for step in range(5):
         opt_state.hyperparams.update(
             learning_rate=jnp.asarray(0.01), mu_x=jnp.asarray(0.5), mu_y=jnp.asarray(0.1)
@@ -217,14 +223,14 @@ def test_an_alias_itself_can_be_injected(alias):
     optimizer = optax.inject_hyperparams(alias)(0.05, mu_x=0.9, mu_y=0.6)
     found, opt_state = run(optimizer, PARAMS, gradient, 5)
     assert {"learning_rate", "mu_x", "mu_y"} <= set(opt_state.hyperparams)
-    expected, _ = run(alias(0.05, 0.9, 0.6), PARAMS, gradient, 5)
+    expected, _ = run(alias(0.05, mu_x=0.9, mu_y=0.6), PARAMS, gradient, 5)
     np.testing.assert_allclose(found["w"], expected["w"], atol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_adamw_without_b1_keeps_no_first_moment_and_steps_alike(weight_decay):
     arguments = {"b1": 0.0, "b2": 0.95, "weight_decay": weight_decay, "mask": mask}
-    found, opt_state = run(gpa_adamw(0.05, 0.9, 0.9, **arguments), PARAMS, gradient, 30)
+    found, opt_state = run(gpa_adamw(0.05, mu_x=0.9, mu_y=0.9, **arguments), PARAMS, gradient, 30)
     by_hand = gpa(optax.adamw(0.05, **arguments), 0.9, 0.9)
     expected, expected_state = run(by_hand, PARAMS, gradient, 30)
     for name in PARAMS:
@@ -243,7 +249,7 @@ def test_adamw_without_b1_keeps_no_first_moment_and_steps_alike(weight_decay):
 def test_adamw_without_b1_but_with_eps_root_is_adamw():
     """What scale_by_rms cannot do is left to scale_by_adam."""
     arguments = {"b1": 0.0, "eps_root": 1e-2}
-    found, _ = run(gpa_adamw(0.05, 0.9, 0.9, **arguments), PARAMS, gradient, 8)
+    found, _ = run(gpa_adamw(0.05, mu_x=0.9, mu_y=0.9, **arguments), PARAMS, gradient, 8)
     expected, _ = run(gpa(optax.adamw(0.05, **arguments), 0.9, 0.9), PARAMS, gradient, 8)
     np.testing.assert_allclose(found["w"], expected["w"], atol=1e-6)
 
@@ -333,7 +339,7 @@ def test_whole_settings_are_the_oracles_with_their_schedule_and_average(
         lambda peak: anytime_adamw(peak, 2),
         lambda peak: gpa_adamw(
             lambda t: peak * jnp.minimum(t / 2, 1),
-            averaging.lr_weighted(lambda t: peak * jnp.minimum(t / 2, 1), 2),
+            mu_x=averaging.lr_weighted(lambda t: peak * jnp.minimum(t / 2, 1), 2),
         ),
     ],
 )

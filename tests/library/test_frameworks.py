@@ -269,7 +269,7 @@ def trained(tx, dtype=jnp.float32):
 
 WHOLE = {
     "gpa": gpa(optax.sgd(0.05), 0.9, 0.7),
-    "chain": optax.chain(optax.clip(1.0), gpa_adamw(0.05, 0.9, 0.7)),
+    "chain": optax.chain(optax.clip(1.0), gpa_adamw(0.05, mu_x=0.9, mu_y=0.7)),
     # An optax below 0.2.8 goes by the first leaf's dtype: in bfloat16 b2 is 1.
     "inject_hyperparams": optax.inject_hyperparams(gpa_adamw, hyperparam_dtype=jnp.float32)(
         0.05, mu_x=0.9, mu_y=0.7
@@ -341,7 +341,7 @@ def test_the_recipe_for_maxtext_exports_x():
 def test_the_average_is_read_from_a_checkpoint_restored_without_its_form(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     params = {"a": jnp.ones(3), "b": {"c": jnp.arange(2.0)}}
-    optimizer = optax.chain(optax.clip(1.0), gpa_adamw(0.05, 0.9, 0.7))
+    optimizer = optax.chain(optax.clip(1.0), gpa_adamw(0.05, mu_x=0.9, mu_y=0.7))
     params, opt_state = run(optimizer, params, lambda t, params: params, 5)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "saved", {"opt_state": opt_state})

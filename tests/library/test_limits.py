@@ -121,7 +121,7 @@ def test_agrees_with_the_schedulefree_package(warmup, rng):
     schedule = optax.linear_schedule(lr / warmup, lr, warmup - 1) if warmup else lr
     optimizer = gpa_adamw(
         schedule,
-        averaging.lr_weighted(schedule, warmup),
+        mu_x=averaging.lr_weighted(schedule, warmup),
         mu_y=beta,
         b1=0.0,
         b2=0.99,
@@ -169,7 +169,9 @@ def test_the_authors_code_makes_the_same_steps_without_decay_and_with_decay_at_y
     y, z = theirs(
         decays, lambda t, y: 0.5 * y + noise[t], start, STEPS, lr, weight_decay, mu_x, mu_y
     )
-    optimizer = gpa_adamw(lr, mu_x, mu_y, b1=b1, b2=b2, weight_decay=weight_decay, base_params="y")
+    optimizer = gpa_adamw(
+        lr, mu_x=mu_x, mu_y=mu_y, b1=b1, b2=b2, weight_decay=weight_decay, base_params="y"
+    )
     found, opt_state = run(
         optimizer,
         jnp.asarray(start, jnp.float32),
@@ -193,7 +195,9 @@ def test_the_migration_page_is_right_about_the_forms_of_weight_decay(x64):
         for _ in range(steps):
             exact.step({"w": 0.0}, lr, mu_x, mu_y)
         judged = [exact.z["w"], exact.x["w"], exact.y["w"]]
-        optimizer = gpa_adamw(lr, mu_x, mu_y, weight_decay=weight_decay, base_params=base_params)
+        optimizer = gpa_adamw(
+            lr, mu_x=mu_x, mu_y=mu_y, weight_decay=weight_decay, base_params=base_params
+        )
         found, opt_state = run(optimizer, jnp.array(start), lambda t, y: 0.0 * y, steps)
         x, y, z = iterates(opt_state, found)
         np.testing.assert_allclose([z, x, y], judged, rtol=1e-10)

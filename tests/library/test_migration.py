@@ -87,7 +87,7 @@ def test_the_average_begins_at_the_change_or_goes_on_with_the_learning_rate(in_p
 
 def test_the_second_moment_goes_on_without_a_first(in_progress):
     params, adamw_state = in_progress
-    optimizer = gpa_adamw(SCHEDULE, 0.0, 0.9, b1=0.0, b2=0.9, weight_decay=0.1)
+    optimizer = gpa_adamw(SCHEDULE, mu_x=0.0, mu_y=0.9, b1=0.0, b2=0.9, weight_decay=0.1)
     new = optimizer.init(params)
     second, *rest = new.base_state
     moments = jax.tree.map(lambda n, o: o.astype(n.dtype), second.nu, adamw_state[0].nu)

@@ -129,7 +129,7 @@ def test_an_averaging_schedule_of_no_function_of_the_count_is_refused(weight):
 
 def test_a_wrapper_that_skips_steps_is_conditionally_mask_and_not_conditionally_transform():
     """The latter hands raw gradients on, which are then added to the params."""
-    optimizer = gpa_sgd(0.1, 0.9, 0.7)
+    optimizer = gpa_sgd(0.1, mu_x=0.9, mu_y=0.7)
 
     def even(step, **_):
         return step % 2 == 0
@@ -205,7 +205,7 @@ def test_lbfgs_without_a_line_search_needs_its_params_where_the_gradients_are():
 
 def test_params_that_are_changed_in_place_after_init_do_not_change_the_state():
     """NumPy's arrays can be; the state must not share their memory."""
-    optimizer = gpa_sgd(0.1, 0.9, 0.7)
+    optimizer = gpa_sgd(0.1, mu_x=0.9, mu_y=0.7)
     params = jax.tree.map(np.array, PARAMS)
     opt_state = optimizer.init(params)
     for t in range(10):
@@ -222,7 +222,7 @@ def test_params_that_are_changed_in_place_after_init_do_not_change_the_state():
 
 @pytest.mark.parametrize("opaque", [False, True])
 def test_sam_around_gpa_is_gpa_with_the_gradients_of_sam(opaque):
-    optimizer, radius = gpa_sgd(0.1, 0.9, 0.7), 0.05
+    optimizer, radius = gpa_sgd(0.1, mu_x=0.9, mu_y=0.7), 0.05
 
     def half(params, _=None):
         return jax.tree.map(lambda p: 0.5 * p, params)

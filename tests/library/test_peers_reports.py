@@ -113,7 +113,7 @@ def test_a_learning_rate_of_zero_at_the_start_moves_no_bit_and_divides_nothing(m
     )
     if mu_x == "lr-weighted":
         mu_x = averaging.lr_weighted(warmup, 8)
-    optimizer = gpa_adamw(warmup, mu_x, mu_y, weight_decay=0.1)
+    optimizer = gpa_adamw(warmup, mu_x=mu_x, mu_y=mu_y, weight_decay=0.1)
     found, opt_state = run(optimizer, params, gradient, 4)  # the fourth is the line's first, of 0
     for sequence in (found, *iterates(opt_state, found)):
         for leaf, start in zip(jax.tree.leaves(sequence), jax.tree.leaves(params), strict=True):

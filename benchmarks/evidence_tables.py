@@ -26,7 +26,7 @@ from benchmarks.statistics import (
     trend,
 )
 from benchmarks.store import Store, settled
-from benchmarks.studies import ONE_LINER_FORMS, ONE_LINERS, STUDIES, TUNING, Contrast
+from benchmarks.studies import ONE_LINER_FORMS, ONE_LINERS, STUDIES, TUNING, UNTUNED, Contrast
 from examples.llama.model import Llama, LlamaConfig
 from examples.plots import COLOURS
 
@@ -201,7 +201,7 @@ def trend_text(store: Store) -> str:
         "for each doubling of the parameters",
     )
     told = []
-    for name in ONE_LINERS:
+    for name in UNTUNED:
         points = over_length_and_size(name, store)
         if len(points) < 3:
             continue
@@ -227,37 +227,41 @@ Series = list[tuple[int, Saving]]
 
 
 def over_length(store: Store) -> dict[str, dict[str, Series]]:
-    """What each one-liner saves in runs of each length, by the size of the model."""
+    """What each form without tuning saves in runs of each length, by the size of the model."""
     found: dict[str, dict[str, Series]] = {}
-    for name in ONE_LINERS:
+    for name in UNTUNED:
         for point in over_length_and_size(name, store):
             size = f"{point.parameters / 1e6:.3g}M parameters"
-            found.setdefault(name, {}).setdefault(size, []).append(
+            found.setdefault(size, {}).setdefault(name, []).append(
                 (point.steps, saving(point.contrast))
             )
     return found
 
 
 def length_figure(panels: dict[str, dict[str, Series]]) -> Figure:
-    """The saving over the length of the run, with 95 % intervals; grey is what chance does."""
-    figure = Figure(figsize=(3.8 * max(len(panels), 1.5), 3.2), layout="constrained")
+    """The saving over the length of the run, with 95 % intervals; the ends of the grey bars are
+    what chance does."""
+    figure = Figure(figsize=(max(6.4, 4 * len(panels)), 3.6), layout="constrained")
     figure.patch.set_facecolor("white")
     axes_of = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    for axes, (name, sizes) in zip(axes_of, panels.items(), strict=True):
-        lengths = sorted({steps for series in sizes.values() for steps, _ in series})
-        for colour, (size, series) in zip(COLOURS[1:], sizes.items(), strict=False):
-            steps = [steps for steps, _ in series]
+    for axes, (size, forms) in zip(axes_of, panels.items(), strict=True):
+        lengths = sorted({steps for series in forms.values() for steps, _ in series})
+        for number, (colour, (name, series)) in enumerate(
+            zip(COLOURS[1:], forms.items(), strict=False)
+        ):
+            # Beside each other, so that none covers another.
+            places = [steps * 1.06 ** (number - 1) for steps, _ in series]
             saved, low, high, chance = 100 * np.array([saving for _, saving in series]).T
-            axes.plot(steps, saved, "o-", color=colour, label=size)
-            axes.vlines(steps, low, high, color=colour)
-            axes.fill_between(steps, -chance, chance, color="0.5", alpha=0.15, linewidth=0)
-        axes.axhline(0, color=COLOURS[0], linewidth=0.8, linestyle="--")
-        axes.set(xscale="log", xlabel="Steps of the run", title=name)
+            axes.vlines(places, -chance, chance, color="0.85", linewidth=7, zorder=0)
+            axes.plot(places, saved, "o-", color=colour, label=name)
+            axes.vlines(places, low, high, color=colour)
+        axes.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
+        axes.set(xscale="log", xlabel="Steps of the run", title=size)
         axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes_of[0].set_ylabel("Steps saved, of tuned AdamW's (%)")
-    axes_of[0].legend(loc="lower left")
+    axes_of[0].legend()
     return figure
 
 

@@ -144,11 +144,11 @@ def results_of(store: Any, runs: Iterable[Any]) -> list[Any]:
     """The results of runs.
 
     Raises:
-      Missing: if the store lacks some.
+      Missing: if the store lacks some, each once.
     """
     runs = list(runs)
-    if missing := [run for run in runs if run not in store]:
-        raise Missing(missing)
+    if missing := dict.fromkeys(run for run in runs if run not in store):
+        raise Missing([*missing])
     return [store[run] for run in runs]
 
 

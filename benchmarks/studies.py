@@ -170,6 +170,14 @@ ONE_LINER_FORMS: dict[str, Form] = {
 ONE_LINERS = {name: BLOCKS[name] for name in ONE_LINER_FORMS}
 
 
+def annealed_with_its_warmup(base: Setting) -> Setting:
+    return annealed(base)._replace(warmup=base.warmup)
+
+
+# A fifth of a long run is a long warmup: AdamW's own may do there.
+UNTUNED = {**ONE_LINERS, "annealed_adamw, AdamW's warmup": annealed_with_its_warmup}
+
+
 def against_tuned_adamw(
     run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store, seeds: int = 8
 ) -> list[Contrast]:
@@ -391,7 +399,7 @@ def papers_setting(store: Store) -> list[Contrast]:
 SIZES = {
     "0.25M parameters": (Run(2400, Workload(LlamaConfig(
         512, dim=96, layers=2, heads=3, kv_heads=1, hidden=256, unroll=2
-    ))), ONE_LINERS, 8),
+    ))), UNTUNED, 8),
     "1M parameters": (Run(9500, Workload(LlamaConfig(
         512, dim=128, layers=5, heads=4, kv_heads=2, hidden=344, unroll=5
     ))), {"annealed_adamw": annealed}, 3),
@@ -415,9 +423,7 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         for name in ("1,000 steps of 32", "400 steps of 256")
     },
     "length": {
-        f"{steps:,} steps": functools.partial(
-            against_tuned_adamw, Run(steps), ONE_LINERS, seeds=seeds
-        )
+        f"{steps:,} steps": functools.partial(against_tuned_adamw, Run(steps), UNTUNED, seeds=seeds)
         for steps, seeds in LENGTHS.items()
     },
     "map": {
@@ -428,7 +434,7 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         f"{steps:,} steps": functools.partial(rivals_over_length, steps) for steps in LENGTHS
     },
     "transfer": {
-        name: functools.partial(against_tuned_adamw, run, ONE_LINERS)
+        name: functools.partial(against_tuned_adamw, run, UNTUNED)
         for name, run in CONDITIONS.items()
     },
     "screen": {

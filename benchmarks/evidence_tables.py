@@ -261,7 +261,7 @@ def length_figure(panels: dict[str, dict[str, Series]]) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes_of[0].set_ylabel("Steps saved, of tuned AdamW's (%)")
-    axes_of[0].legend()
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

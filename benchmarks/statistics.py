@@ -205,8 +205,3 @@ def exchanged(
             for way in ways
         ]
     )
-
-
-def p_value(found: float, null: ArrayLike) -> float:
-    """The part of a null distribution that is at least as far from 0."""
-    return float(np.mean(np.abs(null) >= abs(found) * (1 - 1e-9)))

@@ -6,6 +6,8 @@ python -m benchmarks.corpus --vocab-size 4096    # the same text with another to
 
 python -m benchmarks.corpus --text docstrings
 
+python -m benchmarks.corpus --text docstrings --tokenizer python    # in the tokens of the first
+
 What is in it:
 
 * The packages of benchmarks/corpus.json, as pip downloads them; a file with another SHA-256 is an
@@ -158,8 +160,12 @@ def make(
     folder: Path = FOLDER,
     text: Text = "python",
     vocab_size: int = 512,
+    tokenizer_of: Text | None = None,
 ) -> dict:
-    """Writes the corpus; returns what the .json says of it."""
+    """Writes the corpus; returns what the .json says of it.
+
+    Its tokenizer is trained on it, or is that of a corpus that is in the folder already.
+    """
     from examples.llama import tokenizing  # here, because `load` needs no tokenizers
 
     if not 257 <= vocab_size <= 2**16:
@@ -175,7 +181,11 @@ def make(
         parts[package.held_out] += found
         sizes[package.name] = sum(len(document.encode()) for _, document in found)
     train, held_out = ([text for _, text in sorted(parts[held])] for held in (False, True))
-    tokenizer = tokenizing.byte_pair_encoding(train[::SAMPLE], vocab_size)
+    if tokenizer_of:
+        other = folder / f"{name(tokenizer_of, vocab_size)}.tokenizer.json"
+        tokenizer = tokenizing.given(str(other), vocab_size)
+    else:
+        tokenizer = tokenizing.byte_pair_encoding(train[::SAMPLE], vocab_size)
     end = tokenizer.token_to_id(tokenizing.END)
 
     def encoded(texts: list[str]) -> np.ndarray:
@@ -196,24 +206,35 @@ def make(
         "held out": [package.name for package in packages if package.held_out],
         "bytes": sizes,
     }
-    for name, texts, tokens in zip(("train", "held_out"), (train, held_out), streams, strict=True):
+    for part, texts, tokens in zip(("train", "held_out"), (train, held_out), streams, strict=True):
         size = sum(len(document.encode()) for document in texts)
-        about[name] = {"documents": len(texts), "bytes": size, "tokens": len(tokens)}
+        about[part] = {"documents": len(texts), "bytes": size, "tokens": len(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{text}-{vocab_size}"
+    path = folder / name(text, vocab_size, tokenizer_of)
     tokenizer.save(f"{path}.tokenizer.json")
     Path(f"{path}.xz").write_bytes(lzma.compress(stream.tobytes(), filters=[COMPRESSION]))
     Path(f"{path}.json").write_text(json.dumps(about, indent=1) + "\n")
     return about
 
 
-def load(folder: Path = FOLDER, text: Text = "python", vocab_size: int = 512) -> Tokens:
+def name(text: Text, vocab_size: int, tokenizer_of: Text | None = None) -> str:
+    """What the files of a corpus are called."""
+    return f"{text}-{vocab_size}" + (f"-as-{tokenizer_of}" if tokenizer_of else "")
+
+
+def load(
+    folder: Path = FOLDER,
+    text: Text = "python",
+    vocab_size: int = 512,
+    tokenizer_of: Text | None = None,
+) -> Tokens:
     """Both streams, memory-mapped from an unpacked copy, which the first call writes."""
-    path = folder / f"{text}-{vocab_size}"
+    path = folder / name(text, vocab_size, tokenizer_of)
     if not Path(f"{path}.json").exists():
+        tokenizer = f" --tokenizer {tokenizer_of}" if tokenizer_of else ""
         raise FileNotFoundError(
             f"{path}.json does not exist: make it with python -m benchmarks.corpus --text {text} "
-            f"--vocab-size {vocab_size} --folder {folder}."
+            f"--vocab-size {vocab_size}{tokenizer} --folder {folder}."
         )
     about = json.loads(Path(f"{path}.json").read_text())
     unpacked = Path(f"{path}.{about['sha256'][:16]}.npy")
@@ -238,10 +259,12 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--text", choices=get_args(Text), default="python")
     parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--tokenizer", choices=get_args(Text), help="of which text; default: own")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     flags = parser.parse_args()
     wheels = flags.folder / "wheels"
-    print(json.dumps(make(MANIFEST, wheels, flags.folder, flags.text, flags.vocab_size), indent=1))
+    how = flags.text, flags.vocab_size, flags.tokenizer
+    print(json.dumps(make(MANIFEST, wheels, flags.folder, *how), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Trains the members of a study: small Llamas that differ in optimizer, hyperparameters and seed.
+"""Trains the members of a study: small models that differ in optimizer, hyperparameters and seed.
 
-    tokens = corpus.load(folder)
-    [result] = train([Member("annealed", steps=1000, seed=2000, learning_rate=1.6e-2)], tokens)
+    data = Workload().load(folder)
+    [result] = train([Member("annealed", steps=1000, seed=2000, learning_rate=1.6e-2)], data)
 
-A member is a run: it reads windows of the corpus in an order that its seed decides, none of them
-twice, and is evaluated at x on held-out windows, the same ones for all. Members that differ only in
-numbers (`learning_rate`, `weight_decay`, the seed, and the knobs in `TRACED`) run the same compiled
-program. On an accelerator they are trained at once, by `jax.vmap`; on a CPU one by one, which is
-faster there.
+A member is a run: it reads the data of its workload (`benchmarks.workloads`) in an order that its
+seed decides, and is evaluated at x on held-out rows, the same ones for all. Members that differ
+only in numbers (`learning_rate`, `weight_decay`, the seed, and the knobs in `TRACED`) run the same
+compiled program. On an accelerator they are trained at once, by `jax.vmap`; on a CPU one by one,
+which is faster there.
 
 This module imports jax, flax, optax and NumPy only, so that it runs where the trainer's
 dependencies are not installed.
@@ -26,12 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from optax import contrib
 
 import gpa_optax
-from benchmarks.corpus import Text, Tokens
-from examples.llama.model import Llama, LlamaConfig
+from benchmarks.workloads import HELD_OUT, ON_THE_WAY, Data, ImageWorkload, Workload
 from examples.optimizers import (
     Optimizer,
     base_optimizer,
@@ -42,9 +40,6 @@ from examples.optimizers import (
 from examples.settings import Base
 from gpa_optax import averaging
 
-HELD_OUT = 4096  # windows to evaluate on at the end of a run
-ON_THE_WAY = 512  # windows to evaluate on before the end
-PART = 32  # windows that are evaluated at a time; on a CPU 64 take a sixth longer
 # The knobs of each optimizer besides learning rate, warmup and weight decay, and their defaults.
 BASE = {"b1": 0.9, "b2": 0.95, "schedule": "linear", "decay": 0.2, "final": 0.0}
 AVERAGE = {
@@ -72,20 +67,6 @@ TRACED = ("learning_rate", "weight_decay", "mu_y", "final", "outer_learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is trained, and on what."""
-
-    model: LlamaConfig = LlamaConfig(
-        512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2
-    )
-    text: Text = "python"
-    length: int = 64
-    """Tokens that a window predicts."""
-    batch_size: int = 32
-    """Windows in an update."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Member:
     """One run of a study."""
 
@@ -100,7 +81,7 @@ class Member:
     weight_decay: float = 0.1
     knobs: tuple[tuple[str, Any], ...] = ()
     """What differs from the optimizer's defaults, in any order; also given as a mapping."""
-    workload: Workload = Workload()
+    workload: Workload | ImageWorkload = Workload()
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
@@ -128,10 +109,13 @@ class Member:
     def changes(self) -> dict[str, Any]:
         """What differs from the defaults, as JSON values; `optimizer`, `steps`, `seed` and
         `learning_rate` have no defaults."""
-        changed = different(dataclasses.asdict(self), dataclasses.asdict(Member("adamw", 0, 0, 0)))
-        required = {k: getattr(self, k) for k in ("optimizer", "steps", "seed", "learning_rate")}
-        knobs = {"knobs": dict(self.knobs)} if self.knobs else {}
-        return {**changed, **required, **knobs}
+        required = ("optimizer", "steps", "seed", "learning_rate")
+        found = {name: getattr(self, name) for name in required}
+        for name, default in (("warmup", Member.warmup), ("weight_decay", Member.weight_decay)):
+            if getattr(self, name) != default:
+                found[name] = getattr(self, name)
+        nested = {"knobs": dict(self.knobs), "workload": self.workload.changes()}
+        return found | {name: value for name, value in nested.items() if value}
 
     @property
     def identity(self) -> str:
@@ -140,23 +124,16 @@ class Member:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def different(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: different(value, defaults[name]) if isinstance(value, dict) else value
-        for name, value in values.items()
-        if value != defaults[name]
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class Result:
     """The outcome of a member's run."""
 
     member: Member
     curve: Mapping[str, list[float]]
-    """Steps, and the held-out loss (nats per token) at x after them; also at y if requested."""
+    """Steps, and the held-out loss (nats per token, or per image) at x after them; also at y if
+    requested."""
     final: float
-    """The loss at the end, on more windows; infinite if the member diverged."""
+    """The loss at the end, on more rows; infinite if the member diverged."""
     seconds: float
     """CPU time, or its share of the time of those that were trained together."""
 
@@ -319,82 +296,37 @@ def structure(member: Member) -> Member:
 @functools.lru_cache(maxsize=16)
 def program(like: Member, together: bool, at_y: bool) -> Program:
     """The program of all members whose structure is `like`."""
-    config, length = like.workload.model, like.workload.length
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    task = like.workload.task()
 
     def built(numbers: Mapping[str, jax.Array]) -> Optimizer:
         return optimizer_of(like, {**like.settings, **numbers})
 
-    def initial(seed: jax.Array, numbers: Mapping[str, jax.Array]):
-        model = Llama(config, nnx.Rngs(jax.random.key(seed)))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    def initial(seed: jax.Array, numbers: Mapping[str, jax.Array], start: optax.Params | None):
+        params = task.init(jax.random.key(seed)) if start is None else start
         return params, built(numbers).init(params)
 
-    def loss(params: optax.Params, windows: jax.Array) -> jax.Array:
-        logits = nnx.merge(graph, params)(windows[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
-
-    def advance(state, numbers: Mapping[str, jax.Array], starts: jax.Array, tokens: jax.Array):
+    def advance(state, numbers: Mapping[str, jax.Array], rows: jax.Array, train: Any):
         optimizer = built(numbers)
 
-        def step(state, starts):
+        def step(state, rows):
             params, opt_state = state
-            windows = tokens[starts[:, None] + jnp.arange(length + 1)].astype(jnp.int32)
-            grads = jax.grad(loss)(params, windows)
+            grads = jax.grad(task.loss)(params, train, rows)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), None
 
-        return jax.lax.scan(step, state, starts)[0]
+        return jax.lax.scan(step, state, rows)[0]
 
-    def evaluate(state, numbers: Mapping[str, jax.Array], parts: jax.Array):
+    def evaluate(state, numbers: Mapping[str, jax.Array], parts: Any):
         params, opt_state = state
         weights = {"loss": built(numbers).eval_params(opt_state, params)}
         weights |= {"loss at y": params} if at_y else {}
-        return {
-            name: jax.lax.map(functools.partial(loss, params), parts).mean()
-            for name, params in weights.items()
-        }
+        return {name: task.held_out_loss(params, parts) for name, params in weights.items()}
 
     if together:
-        initial = jax.vmap(initial)
+        initial = jax.vmap(initial, (0, 0, None))
         advance = jax.vmap(advance, (0, 0, 0, None))
         evaluate = jax.vmap(evaluate, (0, 0, None))
     return Program(jax.jit(initial), jax.jit(advance, donate_argnums=0), jax.jit(evaluate))
-
-
-def starts(member: Member, count: int) -> np.ndarray:
-    """Where the windows of each step begin in a stream of `count` tokens: (steps, windows)."""
-    length, batch = member.workload.length, member.workload.batch_size
-    there, needed = (count - 1) // length, member.steps * batch
-    if needed > there:
-        raise ValueError(
-            f"{member.steps:,} steps of {batch} windows need {needed:,} windows, and {count:,} "
-            f"tokens have {there:,} of {length}: train for at most {there // batch:,} steps, or "
-            "make a larger corpus."
-        )
-    order = shuffled(member.seed, there)
-    return (order[:needed] * length).reshape(member.steps, batch)
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(seed: int, count: int) -> np.ndarray:
-    """The order of `count` windows. Cached, because members of a group share few seeds."""
-    return np.random.default_rng(seed).permutation(count).astype(np.int32)
-
-
-def held_out_windows(workload: Workload, tokens: np.ndarray) -> np.ndarray:
-    """The held-out windows, the same for all members: (parts, windows of a part, length + 1)."""
-    length = workload.length
-    there = (len(tokens) - 1) // length
-    count = min(HELD_OUT, there // PART * PART)
-    if count < ON_THE_WAY:
-        raise ValueError(
-            f"To evaluate takes {ON_THE_WAY} held-out windows of {length} tokens, and "
-            f"{len(tokens):,} tokens have {there}: hold out more."
-        )
-    order = np.random.default_rng(0).permutation(there)[:count] * length
-    windows = tokens[order[:, None] + np.arange(length + 1)].astype(np.int32)
-    return windows.reshape(-1, PART, length + 1)
 
 
 def evaluations(steps: int) -> list[int]:
@@ -403,12 +335,12 @@ def evaluations(steps: int) -> list[int]:
     return sorted({round(percent * steps / 100) for percent in percents} - {0})
 
 
-def train(members: Sequence[Member], tokens: Tokens, at_y: bool = False) -> list[Result]:
+def train(members: Sequence[Member], data: Data, at_y: bool = False) -> list[Result]:
     """Trains all members; returns their results in the same order.
 
     Args:
-      members: any number of members of any structure, all on the text of `tokens`.
-      tokens: the corpus.
+      members: any number of members of any structure, all on the same data.
+      data: what their workload loaded.
       at_y: whether to evaluate the params as well, where gradients are taken.
 
     Raises:
@@ -421,15 +353,15 @@ def train(members: Sequence[Member], tokens: Tokens, at_y: bool = False) -> list
     results = {}
     for group in groups.values():
         for some in [[member] for member in group] if alone else [group]:
-            results |= {result.member: result for result in train_group(some, tokens, at_y)}
+            results |= {result.member: result for result in train_group(some, data, at_y)}
     return [results[member] for member in members]
 
 
-def train_group(members: Sequence[Member], tokens: Tokens, at_y: bool) -> list[Result]:
+def train_group(members: Sequence[Member], data: Data, at_y: bool) -> list[Result]:
     """Trains members of one structure at once."""
     began = time.process_time()
     like, together = structure(members[0]), len(members) > 1
-    compiled = program(like, together, at_y)
+    workload, compiled = like.workload, program(like, together, at_y)
 
     def gathered(values: Iterable[Any]) -> np.ndarray:
         return np.stack([*values]) if together else next(iter(values))
@@ -439,23 +371,26 @@ def train_group(members: Sequence[Member], tokens: Tokens, at_y: bool) -> list[R
         for name in TRACED
         if name in like.settings
     }
-    order = [starts(member, len(tokens.train)) for member in members]
-    train_tokens = jnp.asarray(tokens.train)
-    parts = jnp.asarray(held_out_windows(like.workload, tokens.held_out))
-    state = compiled.initial(gathered([np.uint32(member.seed) for member in members]), numbers)
+    order = [workload.rows(data.train, member.seed, member.steps) for member in members]
+    train, few, many = (
+        jax.tree.map(jnp.asarray, arrays)
+        for arrays in (data.train, *(workload.parts(data, n) for n in (ON_THE_WAY, HELD_OUT)))
+    )
+    seeds = gathered([np.uint32(member.seed) for member in members])
+    state = compiled.initial(seeds, numbers, data.start)
     points = evaluations(like.steps)
     unit = math.gcd(*points)  # steps in a call, so that all calls are the same program
     values: dict[str, list[np.ndarray]] = {}
     for done in range(unit, like.steps + 1, unit):
-        rows = gathered([starts[done - unit : done] for starts in order])
-        state = compiled.advance(state, numbers, rows, train_tokens)
+        rows = gathered([rows[done - unit : done] for rows in order])
+        state = compiled.advance(state, numbers, rows, train)
         if done in points:
-            found = compiled.evaluate(state, numbers, parts[: ON_THE_WAY // PART])
+            found = compiled.evaluate(state, numbers, few)
             for name, value in found.items():
                 values.setdefault(name, []).append(np.atleast_1d(value))
             if not np.isfinite(values["loss"][-1]).any():
                 break
-    final = np.atleast_1d(compiled.evaluate(state, numbers, parts)["loss"])
+    final = np.atleast_1d(compiled.evaluate(state, numbers, many)["loss"])
     seconds = (time.process_time() - began) / len(members)
     curves = {name: np.stack(value, axis=1).astype(float) for name, value in values.items()}
     results = []

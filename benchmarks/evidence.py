@@ -5,8 +5,8 @@ python -m benchmarks.evidence                      # all of them, for many hours
 python -m benchmarks.evidence blocks length --workers 1
 
 Each run is made once, and is stored in benchmarks/results/evidence when it ends. A study that was
-stopped resumes where it was. The studies need the corpus (`python -m benchmarks.corpus`); runs on a
-corpus that is not there are left out and listed.
+stopped resumes where it was. The studies need the corpus (`python -m benchmarks.corpus`); runs on
+data that are not there are left out and listed.
 """
 
 import argparse
@@ -25,18 +25,12 @@ STORE = RESULTS / "evidence" / "llama.jsonl"
 
 
 def next_members(store: Store, names: list[str], folder: Path) -> list[Member]:
-    """The runs to make next whose corpus is there; prints which corpora are missing."""
+    """The runs to make next whose data are there; prints which data are missing."""
     members = missing(store, names)
-    made, lacking = [], set()
-    for member in members:
-        name = f"{member.workload.text}-{member.workload.model.vocab_size}"
-        if (folder / f"{name}.json").exists():
-            made.append(member)
-        else:
-            lacking.add(name)
-    for name in sorted(lacking):
-        print(f"Left out: the runs on {name}, which is not in {folder}.")
-    return made
+    lacking = [member.workload.lacks(folder) for member in members]
+    for name in sorted({name for name in lacking if name}):
+        print(f"Left out: the runs that need {folder / name}, which does not exist.")
+    return [member for member, name in zip(members, lacking, strict=True) if not name]
 
 
 def main() -> int:

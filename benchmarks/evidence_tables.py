@@ -134,7 +134,8 @@ def tuning(store: Store) -> Table:
     groups: dict[tuple[int, int, str], dict[tuple[float, float], dict[int, float]]] = {}
     for result in store:
         member = result.member
-        if member.seed in TUNING and member.optimizer in tuned and not member.knobs:
+        plain = member.workload.changes().keys() <= {"batch_size"} and not member.knobs
+        if member.seed in TUNING and member.optimizer in tuned and plain:
             key = (member.steps, member.workload.batch_size, member.optimizer)
             setting = member.learning_rate, member.warmup
             groups.setdefault(key, {}).setdefault(setting, {})[member.seed] = result.final

@@ -7,9 +7,9 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import corpus
-from benchmarks.ensemble import Member, Result, Workload, train
+from benchmarks.ensemble import Member, Result, train
 from benchmarks.store import Kind, rounded
+from benchmarks.workloads import Data, ImageWorkload, Workload
 
 
 def record_of(result: Result) -> dict[str, Any]:
@@ -26,12 +26,17 @@ def in_record(record: dict[str, Any]) -> tuple[Member, Result]:
     fields = {field.name for field in dataclasses.fields(Member)} & record.keys()
     values = {name: record[name] for name in fields}
     if "workload" in values:
-        changed = dict(values["workload"])
-        model = dataclasses.replace(Workload().model, **changed.pop("model", {}))
-        values["workload"] = Workload(model, **changed)
+        values["workload"] = workload_of(dict(values["workload"]))
     member = Member(**values)
     final = math.inf if record["final"] is None else record["final"]
     return member, Result(member, record["curve"], final, record["cpu_seconds"])
+
+
+def workload_of(changed: dict[str, Any]) -> Workload | ImageWorkload:
+    if "images" in changed:
+        return ImageWorkload(**changed)
+    model = dataclasses.replace(Workload().model, **changed.pop("model", {}))
+    return Workload(model, **changed)
 
 
 def told(result: Result) -> str:
@@ -47,9 +52,10 @@ MEMBERS = Kind(operator.attrgetter("identity"), record_of, in_record, told)
 
 def train_member(member: Member, folder: Path, at_y: bool = False) -> Result:
     """Trains a member, as a worker does."""
-    workload = member.workload
-    [result] = train([member], tokens(folder, workload.text, workload.model.vocab_size), at_y)
+    [result] = train([member], loaded(member.workload, folder), at_y)
     return result
 
 
-tokens = functools.lru_cache(corpus.load)
+@functools.lru_cache(maxsize=8)
+def loaded(workload: Workload | ImageWorkload, folder: Path) -> Data:
+    return workload.load(folder)

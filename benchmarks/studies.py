@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.ensemble import Member, Result, Workload, mean_final
+from benchmarks.ensemble import Member, Result, mean_final
 from benchmarks.store import Missing, Store, results_of, together
+from benchmarks.workloads import ImageWorkload, Workload
 from examples.llama.model import LlamaConfig
 
 TUNING = (1000, 1001)
@@ -29,7 +30,7 @@ class Run(NamedTuple):
     """What is trained, and for how long."""
 
     steps: int
-    workload: Workload = Workload()
+    workload: Workload | ImageWorkload = Workload()
 
     def member(self, optimizer: str, learning_rate: float, seed: int, **more: Any) -> Member:
         knobs = more.pop("knobs", {})
@@ -128,10 +129,15 @@ def tuned_forms(
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
-def tuned_adamw(store: Store, run: Run, refine: bool = True) -> Setting:
-    """AdamW with a line to 0, which was its best of four schedules in the study before this one."""
+def tuned_adamw(
+    store: Store, run: Run, refine: bool = True, rates: Sequence[float] = OCTAVES
+) -> Setting:
+    """AdamW with a line to 0, which was its best of four schedules in the study before this one.
+
+    The rates to begin with are those for batches of 32 windows of text.
+    """
     factor = math.sqrt(run.workload.batch_size / 32)
-    rates = [rate * factor for rate in OCTAVES] if factor != 1 else OCTAVES
+    rates = [rate * factor for rate in rates] if factor != 1 else rates
     return tuned(store, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
 
 
@@ -179,10 +185,14 @@ UNTUNED = {**ONE_LINERS, "annealed_adamw, AdamW's warmup": annealed_with_its_war
 
 
 def against_tuned_adamw(
-    run: Run, forms: Mapping[str, Callable[[Setting], Setting]], store: Store, seeds: int = 8
+    run: Run,
+    forms: Mapping[str, Callable[[Setting], Setting]],
+    store: Store,
+    seeds: int = 8,
+    rates: Sequence[float] = OCTAVES,
 ) -> list[Contrast]:
     """Forms that are derived from AdamW's setting and have no search of their own."""
-    base = tuned_adamw(store, run, refine=run.steps <= 2000)
+    base = tuned_adamw(store, run, refine=run.steps <= 2000, rates=rates)
     settings = [base, *(form(base) for form in forms.values())]
     return contrasts(forms, found_all(store, run, settings, FRESH[:seeds]))
 
@@ -204,13 +214,14 @@ def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contra
 
 # Warmup: was AdamW's best one between those of the grid, or beyond them?
 OTHER_WARMUPS = (0.1, 0.3)
+WARMUP_SEEDS = {"1,000 steps of 32": 4, "400 steps of 256": 8}
 
 
-def other_warmups(run: Run, store: Store) -> list[Contrast]:
+def other_warmups(run: Run, seeds: int, store: Store) -> list[Contrast]:
     """AdamW at its tuned learning rate, against its tuned warmup."""
     base = tuned_adamw(store, run)
     named = {f"warmup of {part:.0%}": base._replace(warmup=part) for part in OTHER_WARMUPS}
-    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:4]))
+    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:seeds]))
 
 
 # The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
@@ -285,7 +296,12 @@ CONDITIONS = {
     "batches of 128": Run(1000, Workload(batch_size=128)),
     "batches of 8": Run(1000, Workload(batch_size=8)),
     "docstrings": Run(1000, Workload(text="docstrings")),
+    "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),
+    "a ConvNet with BatchNorm, ten epochs": Run(1600, ImageWorkload("convnet")),
+    "fine-tuning on docstrings": Run(300, Workload(text="docstrings", pretrained=True)),
 }
+# Where the search for AdamW's learning rate starts elsewhere.
+FIRST_RATES = {"fine-tuning on docstrings": (1e-3, 2e-3, 4e-3)}
 
 
 LATE = {"schedule": "constant", "average": "lr-weighted", "step_power": 2.0, "start": 0.2}
@@ -419,8 +435,8 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         "4,000 steps of 32": functools.partial(tuned_one_liners, BLOCK_RUNS["4,000 steps of 32"])
     },
     "warmup": {
-        name: functools.partial(other_warmups, BLOCK_RUNS[name])
-        for name in ("1,000 steps of 32", "400 steps of 256")
+        name: functools.partial(other_warmups, BLOCK_RUNS[name], seeds)
+        for name, seeds in WARMUP_SEEDS.items()
     },
     "length": {
         f"{steps:,} steps": functools.partial(against_tuned_adamw, Run(steps), UNTUNED, seeds=seeds)
@@ -434,7 +450,9 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         f"{steps:,} steps": functools.partial(rivals_over_length, steps) for steps in LENGTHS
     },
     "transfer": {
-        name: functools.partial(against_tuned_adamw, run, UNTUNED)
+        name: functools.partial(
+            against_tuned_adamw, run, UNTUNED, rates=FIRST_RATES.get(name, OCTAVES)
+        )
         for name, run in CONDITIONS.items()
     },
     "screen": {

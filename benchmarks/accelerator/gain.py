@@ -22,15 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import corpus, ensemble, statistics
+from benchmarks import ensemble, statistics, workloads
 from benchmarks.accelerator.plan import PEAKS, Conditions, LeftOut, Peaks, Work, backward
 from benchmarks.accelerator.results import Bar
-from benchmarks.corpus import Tokens
-from benchmarks.ensemble import Member, Result, Workload, mean_final
+from benchmarks.ensemble import Member, Result, mean_final
 from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import FRESH, TUNING
 from benchmarks.updates import entries, shapes
+from benchmarks.workloads import Data, Workload
 from examples.llama.model import LlamaConfig
 
 SHARE = 230  # of the time of all parts
@@ -155,15 +155,15 @@ def programs_of(
 
     numbers = {n: array(jnp.float32, *axes) for n in ensemble.TRACED if n in like.settings}
     seeds = array(jnp.uint32, *axes)
-    state = jax.eval_shape(initial, seeds, numbers)
+    state = jax.eval_shape(initial, seeds, numbers, None)
     unit = math.gcd(*ensemble.evaluations(like.steps))
     starts, text = array(jnp.int32, *axes, unit, batch), array(jnp.uint16, train)
-    part = ensemble.PART
-    parts = array(jnp.int32, ensemble.ON_THE_WAY // part, part, length + 1)
-    last = min(ensemble.HELD_OUT // part, (held_out - 1) // length // part)
+    part = workloads.PART
+    parts = array(jnp.int32, workloads.ON_THE_WAY // part, part, length + 1)
+    last = min(workloads.HELD_OUT // part, (held_out - 1) // length // part)
     last_parts = array(jnp.int32, last, part, length + 1)
     return {
-        "initial": (initial, (seeds, numbers)),
+        "initial": (initial, (seeds, numbers, None)),
         "advance": (advance, (state, numbers, starts, text)),
         "evaluate": (evaluate, (state, numbers, parts)),
         "evaluate at the end": (evaluate, (state, numbers, last_parts)),
@@ -222,25 +222,25 @@ def training(folder: Path, text: Path, quick: bool) -> "Training":
     return Training(Store(folder / FILE, kind=MEMBERS), rehearsal() if quick else read(text))
 
 
-def read(folder: Path) -> Tokens:
+def read(folder: Path) -> Data:
     try:
-        return corpus.load(folder)
+        return Workload().load(folder)
     except FileNotFoundError as error:
         raise LeftOut(str(error)) from None
 
 
-def rehearsal() -> Tokens:
+def rehearsal() -> Data:
     """The bytes of this folder's source."""
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     train, held_out = np.split(np.frombuffer(text, np.uint8).astype(np.uint16), [len(text) // 2])
-    return Tokens(train, held_out, 257)
+    return Data(train, held_out)
 
 
 class Training:
     """What was trained so far, how fast, and what is compiled for what comes next."""
 
-    def __init__(self, made: Store, tokens: Tokens):
-        self.made, self.tokens = made, tokens
+    def __init__(self, made: Store, data: Data):
+        self.made, self.data = made, data
         self.pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
         self.compiled: dict[tuple[Member, int], list[concurrent.futures.Future]] = {}
         self.slowdown: dict[Workload, float] = {}
@@ -274,7 +274,7 @@ class Training:
             if key not in self.compiled:
                 self.compiled[key] = [
                     self.pool.submit(compile_program, *program)
-                    for program in programs_of(group, *map(len, self.tokens[:2])).values()
+                    for program in programs_of(group, *map(len, self.data[:2])).values()
                 ]
 
     def train(self, group: Sequence[Member], peaks: Peaks | None) -> float:
@@ -282,7 +282,7 @@ class Training:
         for program in self.compiled[ensemble.structure(group[0]), len(group)]:
             program.result()
         start = time.perf_counter()
-        results = ensemble.train_group(group, self.tokens, at_y=False)
+        results = ensemble.train_group(group, self.data, at_y=False)
         seconds = time.perf_counter() - start
         self.made.add(results)
         self.slowdown[group[0].workload] = seconds / on_paper(group, peaks)

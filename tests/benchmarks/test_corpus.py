@@ -54,6 +54,19 @@ def texts(folder, tokens, text="python", vocab_size=300):
     return whole.split("<|end|>")[:-1]
 
 
+def test_a_text_can_have_the_tokens_of_another(packages, tmp_path):
+    corpus.make(*packages, tmp_path, vocab_size=300)
+    corpus.make(*packages, tmp_path, "docstrings", 300, tokenizer_of="python")
+    tokens = corpus.load(tmp_path, "docstrings", 300, "python")
+    path = tmp_path / "python-300.tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    whole = tokenizer.decode(tokens.train.tolist(), skip_special_tokens=False)
+    assert "Number apple of open." in whole
+    assert "def " not in whole
+    with pytest.raises(FileNotFoundError, match="--text docstrings --vocab-size 9 --tokenizer p"):
+        corpus.load(tmp_path, "docstrings", 9, "python")
+
+
 def test_the_same_packages_give_the_same_tokens(packages, tmp_path):
     first = corpus.make(*packages, tmp_path / "a", vocab_size=300)
     second = corpus.make(*packages, tmp_path / "b", vocab_size=300)

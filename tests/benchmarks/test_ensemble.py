@@ -19,8 +19,8 @@ needs("flax")
 from flax import nnx
 
 from benchmarks import ensemble, studies
-from benchmarks.corpus import Tokens
-from benchmarks.ensemble import Member, Workload
+from benchmarks.ensemble import Member
+from benchmarks.workloads import Data, Workload
 from examples import optimizers
 from examples.llama.model import Llama, LlamaConfig
 from examples.settings import Settings
@@ -35,24 +35,24 @@ def member(optimizer="adamw", steps=8, seed=0, learning_rate=1e-2, **rest):
 
 
 @pytest.fixture(scope="module")
-def tokens():
+def text():
     """Each is mostly the one before it plus 1."""
     rng = np.random.default_rng(0)
     jumps = np.where(rng.random(20_000) < 0.1, rng.integers(0, 50, 20_000), 1)
     stream = (np.cumsum(jumps) % 50).astype(np.uint16)
-    return Tokens(stream[:10_000], stream[10_000:], 257)
+    return Data(stream[:10_000], stream[10_000:])
 
 
-def test_the_loss_is_the_trainers(tokens):
+def test_the_loss_is_the_trainers(text):
     pytest.importorskip("grain")
     pytest.importorskip("tyro")
     from examples.llama.config import next_token
 
     like = ensemble.structure(member(learning_rate=1.0))
     program = ensemble.program(like, together=False, at_y=False)
-    parts = ensemble.held_out_windows(SMALL, tokens.held_out)
+    parts = SMALL.parts(text, 512)
     rates = {"learning_rate": 1.0, "weight_decay": 0.1, "final": 0.0}
-    params, opt_state = program.initial(np.uint32(0), rates)
+    params, opt_state = program.initial(np.uint32(0), rates, None)
     params["embed"]["embedding"] *= 40  # so that the logits are not all alike
     found = program.evaluate((params, opt_state), rates, parts)["loss"]
     model = Llama(MODEL, nnx.Rngs(0))
@@ -166,14 +166,14 @@ def test_the_pull_pushes_the_params_away_from_their_average(at):
         studies.SCREEN["AMUSE's mu_y"],
     ],
 )
-def test_members_trained_together_are_what_they_are_alone(name, knobs, tokens):
+def test_members_trained_together_are_what_they_are_alone(name, knobs, text):
     members = [
         member(name, seed=1, learning_rate=1e-2, knobs=knobs),
         member(name, seed=2, learning_rate=3e-2, weight_decay=0.0, knobs=knobs),
     ]
-    together = ensemble.train_group(members, tokens, at_y=True)
+    together = ensemble.train_group(members, text, at_y=True)
     for one, result in zip(members, together, strict=True):
-        [alone] = ensemble.train([one], tokens, at_y=True)
+        [alone] = ensemble.train([one], text, at_y=True)
         assert result.member == one
         assert result.curve["step"] == alone.curve["step"]
         for line in ("loss", "loss at y"):
@@ -182,42 +182,54 @@ def test_members_trained_together_are_what_they_are_alone(name, knobs, tokens):
     assert together[0].final != together[1].final
 
 
-def test_members_learn_and_are_returned_in_order(tokens):
+def test_members_learn_and_are_returned_in_order(text):
     members = [member("annealed", 100), member("anytime", 100), member("annealed", 100, seed=3)]
-    results = ensemble.train(members, tokens)
+    results = ensemble.train(members, text)
     assert [result.member for result in results] == members
     assert all(result.final < 3.0 < np.log(50) for result in results)
     assert results[0].curve["step"] == [10, 20, 30, 40, *range(50, 101, 2)]
 
 
-def test_a_member_that_diverges_is_told_and_leaves_the_others_alone(tokens):
+def test_a_member_that_diverges_is_told_and_leaves_the_others_alone(text):
     good, bad = member("adamw", 100), member("adamw", 100, learning_rate=1e38)
-    results = ensemble.train_group([good, bad], tokens, at_y=False)
+    results = ensemble.train_group([good, bad], text, at_y=False)
     assert results[0].final < 3.0
     assert results[1].final == math.inf
     assert len(results[1].curve["step"]) < len(results[0].curve["step"])
-    [alone] = ensemble.train([bad], tokens)
+    [alone] = ensemble.train([bad], text)
     assert alone.final == math.inf
     assert alone.curve == results[1].curve
 
 
 def test_a_seed_decides_the_windows_and_none_comes_twice():
-    first = ensemble.starts(member(steps=100), 10_000)
+    stream = np.zeros(10_000)
+    first = SMALL.rows(stream, seed=0, steps=100)
     assert first.shape == (100, 4)
     assert len(np.unique(first)) == 400
     assert not (first % 16).any()
     assert first.max() + 17 <= 10_000
-    np.testing.assert_array_equal(ensemble.starts(member("muon", steps=50), 10_000), first[:50])
-    assert (ensemble.starts(member(seed=1, steps=100), 10_000) != first).any()
+    np.testing.assert_array_equal(SMALL.rows(stream, seed=0, steps=50), first[:50])
+    assert (SMALL.rows(stream, seed=1, steps=100) != first).any()
 
 
-def test_a_run_longer_than_the_corpus_is_an_error_that_names_the_numbers(tokens):
+def test_a_run_longer_than_the_corpus_is_an_error_that_names_the_numbers(text):
     expected = r"200 steps of 4 windows need 800 windows, and 10,000 tokens have 624 of 16: .*156"
     with pytest.raises(ValueError, match=expected):
-        ensemble.train([member(steps=200)], tokens)
-    short = Tokens(tokens.train, tokens.held_out[:5000], 257)
+        ensemble.train([member(steps=200)], text)
+    short = text._replace(held_out=text.held_out[:5000])
     with pytest.raises(ValueError, match="512 held-out windows of 16 tokens, and 5,000 tokens"):
         ensemble.train([member()], short)
+
+
+def test_fine_tuning_starts_where_pretraining_ended(text):
+    from benchmarks.pretrain import trained
+
+    start = trained(member(steps=100), text)
+    at_once, untrained = (
+        ensemble.train([member(learning_rate=1e-6)], data)[0].final
+        for data in (text._replace(start=start), text)
+    )
+    assert at_once < 3.0 < untrained
 
 
 def test_an_identity_holds_what_is_not_default():

@@ -22,9 +22,10 @@ from helpers.needs import needs
 needs("flax")
 
 from benchmarks import store
-from benchmarks.ensemble import Member, Result, Workload
+from benchmarks.ensemble import Member, Result
 from benchmarks.members import MEMBERS, train_member
 from benchmarks.store import make
+from benchmarks.workloads import Workload
 from examples.llama.model import LlamaConfig
 
 pytestmark = pytest.mark.processes

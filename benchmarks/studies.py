@@ -24,6 +24,7 @@ TUNING = (1000, 1001)
 FRESH = tuple(range(2000, 2024))
 CONFIRMING = tuple(range(2100, 2124))
 WARMUPS = (0.05, 0.2)
+LONGER_WARMUPS = (*WARMUPS, 0.3, 0.5)  # in large batches
 
 
 class Run(NamedTuple):
@@ -136,9 +137,11 @@ def tuned_adamw(
 
     The rates to begin with are those for batches of 32 windows of text.
     """
-    factor = math.sqrt(run.workload.batch_size / 32)
-    rates = [rate * factor for rate in rates] if factor != 1 else rates
-    return tuned(store, run, "adamw", [float(f"{rate:.3g}") for rate in rates], refine=refine)
+    batch_size = run.workload.batch_size
+    factor = math.sqrt(batch_size / 32)
+    rates = [float(f"{rate * factor:.3g}") for rate in rates] if factor != 1 else rates
+    warmups = WARMUPS if batch_size < 128 else LONGER_WARMUPS
+    return tuned(store, run, "adamw", rates, warmups=warmups, refine=refine)
 
 
 # What a reader copies, from AdamW's tuned learning rate and warmup.
@@ -214,14 +217,13 @@ def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contra
 
 # Warmup: was AdamW's best one between those of the grid, or beyond them?
 OTHER_WARMUPS = (0.1, 0.3)
-WARMUP_SEEDS = {"1,000 steps of 32": 4, "400 steps of 256": 8}
 
 
-def other_warmups(run: Run, seeds: int, store: Store) -> list[Contrast]:
+def other_warmups(run: Run, store: Store) -> list[Contrast]:
     """AdamW at its tuned learning rate, against its tuned warmup."""
     base = tuned_adamw(store, run)
     named = {f"warmup of {part:.0%}": base._replace(warmup=part) for part in OTHER_WARMUPS}
-    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:seeds]))
+    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:4]))
 
 
 # The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
@@ -428,15 +430,16 @@ def steps_of(batch: int, steps: int) -> str:
 
 STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     "blocks": {
-        name: functools.partial(against_tuned_adamw, run, BLOCKS)
+        name: functools.partial(
+            against_tuned_adamw, run, UNTUNED if run.workload.batch_size > 32 else BLOCKS
+        )
         for name, run in BLOCK_RUNS.items()
     },
     "tuned": {
         "4,000 steps of 32": functools.partial(tuned_one_liners, BLOCK_RUNS["4,000 steps of 32"])
     },
     "warmup": {
-        name: functools.partial(other_warmups, BLOCK_RUNS[name], seeds)
-        for name, seeds in WARMUP_SEEDS.items()
+        "1,000 steps of 32": functools.partial(other_warmups, BLOCK_RUNS["1,000 steps of 32"])
     },
     "length": {
         f"{steps:,} steps": functools.partial(against_tuned_adamw, Run(steps), UNTUNED, seeds=seeds)

@@ -28,6 +28,10 @@ HELD_OUT = 4096  # rows to evaluate on at the end of a run
 ON_THE_WAY = 512  # rows to evaluate on before the end
 PART = 32  # rows that are evaluated at a time; on a CPU 64 take a sixth longer
 PRETRAINED = "pretrained-python-512.npz"
+MARGIN = 3  # of black pixels, from which shifted images are cut
+SEEN = 512  # training images, at which BatchNorm takes its statistics
+# The ConvNet's channels in and out, and the stride.
+CONVOLUTIONS = {"first": (1, 16, 1), "second": (16, 32, 2), "third": (32, 64, 2)}
 
 
 class Data(NamedTuple):
@@ -163,16 +167,12 @@ class ImageWorkload:
     def rows(self, train: Mapping[str, np.ndarray], seed: int, steps: int) -> np.ndarray:
         """Number, shift and flip of the images of each step: int32 (steps, images, 4). Each epoch
         has an order of its own."""
-        rng, there, count = (
-            np.random.default_rng(seed),
-            len(train["label"]),
-            steps * self.batch_size,
-        )
-        order = [rng.permutation(there) for _ in range(math.ceil(count / there))]
-        shifts = rng.integers(0, 2 * MARGIN + 1, (2, count))
-        rows = np.stack(
-            [np.concatenate(order)[:count], *shifts, rng.integers(0, 2, count)], axis=-1
-        )
+        rng, there = np.random.default_rng(seed), len(train["label"])
+        count = steps * self.batch_size
+        epochs = [rng.permutation(there) for _ in range(math.ceil(count / there))]
+        number = np.concatenate(epochs)[:count]
+        top, left = rng.integers(0, 2 * MARGIN + 1, (2, count))
+        rows = np.stack([number, top, left, rng.integers(0, 2, count)], axis=-1)
         return rows.astype(np.int32).reshape(steps, self.batch_size, 4)
 
     def parts(self, data: Data, count: int) -> dict[str, np.ndarray]:
@@ -215,12 +215,6 @@ class ImageWorkload:
             return jax.lax.map(of_part, (parts["image"], parts["label"])).mean()
 
         return Task(init, loss, held_out_loss)
-
-
-MARGIN = 3  # of black pixels, from which shifted images are cut
-SEEN = 512  # training images, at which BatchNorm takes its statistics
-CONVOLUTIONS = {"first": (1, 16, 1), "second": (16, 32, 2), "third": (32, 64, 2)}
-"""Channels in and out, and the stride."""
 
 
 def convnet_params(key: jax.Array) -> optax.Params:

@@ -237,13 +237,13 @@ MAP_FORMS: dict[str, Form] = {**ONE_LINER_FORMS, "paper": ("gpa-adamw", PAPER)}
 
 def cell_of_the_map(batch: int, steps: int, store: Store) -> list[Contrast]:
     """All four with a learning rate of their own, tuned on one seed."""
-    run = Run(steps, Workload(batch_size=batch))
+    run, warmup = Run(steps, Workload(batch_size=batch)), 0.2 if batch < 128 else 0.3
     middle = 8e-3 * math.sqrt(batch / 32)
     forms: dict[str, Form] = {"adamw": ("adamw", {}), **MAP_FORMS}
     settings = together(
         {
             name: lambda name=name, form=form: tuned_forms(
-                store, run, {name: form}, octaves(centre(name, middle)), warmups=(0.2,)
+                store, run, {name: form}, octaves(centre(name, middle)), warmups=(warmup,)
             )[name]
             for name, form in forms.items()
         }

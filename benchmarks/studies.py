@@ -24,7 +24,7 @@ TUNING = (1000, 1001)
 FRESH = tuple(range(2000, 2024))
 CONFIRMING = tuple(range(2100, 2124))
 WARMUPS = (0.05, 0.2)
-LONGER_WARMUPS = (*WARMUPS, 0.3, 0.5)  # in large batches
+LONGER_WARMUPS = (*WARMUPS, 0.3, 0.5)  # for AdamW, where the longest of these is the best
 
 
 class Run(NamedTuple):
@@ -137,11 +137,12 @@ def tuned_adamw(
 
     The rates to begin with are those for batches of 32 windows of text.
     """
-    batch_size = run.workload.batch_size
-    factor = math.sqrt(batch_size / 32)
+    factor = math.sqrt(run.workload.batch_size / 32)
     rates = [float(f"{rate * factor:.3g}") for rate in rates] if factor != 1 else rates
-    warmups = WARMUPS if batch_size < 128 else LONGER_WARMUPS
-    return tuned(store, run, "adamw", rates, warmups=warmups, refine=refine)
+    best = tuned(store, run, "adamw", rates, refine=refine)
+    if best.warmup < max(WARMUPS):
+        return best
+    return tuned(store, run, "adamw", rates, warmups=LONGER_WARMUPS, refine=refine)
 
 
 # What a reader copies, from AdamW's tuned learning rate and warmup.

@@ -130,19 +130,25 @@ def tuned_forms(
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
-def tuned_adamw(
-    store: Store, run: Run, refine: bool = True, rates: Sequence[float] = OCTAVES
+def usual_adamw(
+    store: Store, run: Run, rates: Sequence[float] = OCTAVES, warmups: Sequence[float] = WARMUPS
 ) -> Setting:
-    """AdamW with a line to 0, which was its best of four schedules in the study before this one.
+    """AdamW with a line to 0, which was its best of four schedules in the study before this one,
+    and with a usual warmup: what a reader has, from which the rule makes the one-liners' settings.
 
     The rates to begin with are those for batches of 32 windows of text.
     """
     factor = math.sqrt(run.workload.batch_size / 32)
     rates = [float(f"{rate * factor:.3g}") for rate in rates] if factor != 1 else rates
-    best = tuned(store, run, "adamw", rates, refine=refine)
-    if best.warmup < max(WARMUPS):
-        return best
-    return tuned(store, run, "adamw", rates, warmups=LONGER_WARMUPS, refine=refine)
+    return tuned(store, run, "adamw", rates, warmups=warmups, refine=run.steps <= 2000)
+
+
+def tuned_adamw(store: Store, run: Run, rates: Sequence[float] = OCTAVES) -> Setting:
+    """The baseline: AdamW with longer warmups as well, where the longest usual one is the best."""
+    usual = usual_adamw(store, run, rates)
+    if usual.warmup < max(WARMUPS):
+        return usual
+    return usual_adamw(store, run, rates, LONGER_WARMUPS)
 
 
 # What a reader copies, from AdamW's tuned learning rate and warmup.
@@ -196,8 +202,8 @@ def against_tuned_adamw(
     rates: Sequence[float] = OCTAVES,
 ) -> list[Contrast]:
     """Forms that are derived from AdamW's setting and have no search of their own."""
-    base = tuned_adamw(store, run, refine=run.steps <= 2000, rates=rates)
-    settings = [base, *(form(base) for form in forms.values())]
+    base = usual_adamw(store, run, rates)
+    settings = [tuned_adamw(store, run, rates), *(form(base) for form in forms.values())]
     return contrasts(forms, found_all(store, run, settings, FRESH[:seeds]))
 
 
@@ -214,17 +220,6 @@ def contrasts(names: Iterable[str], runs: Sequence[list[Result]]) -> list[Contra
     """The contrast of each contender with the baseline, which is the first of `runs`."""
     baseline, *others = runs
     return [Contrast(name, one, baseline) for name, one in zip(names, others, strict=True)]
-
-
-# Warmup: was AdamW's best one between those of the grid, or beyond them?
-OTHER_WARMUPS = (0.1, 0.3)
-
-
-def other_warmups(run: Run, store: Store) -> list[Contrast]:
-    """AdamW at its tuned learning rate, against its tuned warmup."""
-    base = tuned_adamw(store, run)
-    named = {f"warmup of {part:.0%}": base._replace(warmup=part) for part in OTHER_WARMUPS}
-    return contrasts(named, found_all(store, run, [base, *named.values()], FRESH[:4]))
 
 
 # The map: the paper's constants, the two one-liners and AdamW, by batch size and length.
@@ -263,10 +258,10 @@ def centre(name: str, adamws: float) -> float:
 
 # Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule brought nothing.
 def tuned_one_liners(run: Run, store: Store) -> list[Contrast]:
-    base = tuned_adamw(store, run, refine=run.steps <= 2000)
-    rates = octaves(base.learning_rate)
+    rates = octaves(usual_adamw(store, run).learning_rate)
     settings = tuned_forms(store, run, ONE_LINER_FORMS, rates)
-    return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:8]))
+    every = [tuned_adamw(store, run), *settings.values()]
+    return contrasts(settings, found_all(store, run, every, FRESH[:8]))
 
 
 # Length: fresh data, one size of model, 1,000 to 8,000 steps, and how many seeds of each.
@@ -281,10 +276,9 @@ RIVALS: dict[str, Form] = {
 
 def rivals_over_length(steps: int, store: Store) -> list[Contrast]:
     run = Run(steps)
-    base = tuned_adamw(store, run, refine=steps <= 2000)
-    settings = tuned_forms(store, run, RIVALS, doubled(base))
-    seeds = FRESH[: LENGTHS[steps]]
-    return contrasts(settings, found_all(store, run, [base, *settings.values()], seeds))
+    settings = tuned_forms(store, run, RIVALS, doubled(usual_adamw(store, run)))
+    every, seeds = [tuned_adamw(store, run), *settings.values()], FRESH[: LENGTHS[steps]]
+    return contrasts(settings, found_all(store, run, every, seeds))
 
 
 def doubled(base: Setting) -> tuple[float, float]:
@@ -354,7 +348,7 @@ SCREEN: dict[str, Form] = {
 def screened(steps: int, seeds: Sequence[int], store: Store) -> list[Contrast]:
     """Each at twice AdamW's rate, with a fifth of the run as warmup, against the annealed form."""
     run = Run(steps)
-    base = tuned_adamw(store, run, refine=steps <= 2000)
+    base = usual_adamw(store, run)
     settings = screen_settings(base)
     runs = found_all(store, run, [annealed(base), *settings.values()], seeds)
     return contrasts(settings, runs)
@@ -372,7 +366,7 @@ def confirmed(store: Store) -> list[Contrast]:
     seeds that were not used for anything before."""
     steps, run = 4000, Run(4000)
     ends = {one.name: mean_final(one.contender) for one in screened(steps, FRESH[:2], store)}
-    base = tuned_adamw(store, run, refine=False)
+    base = usual_adamw(store, run)
     settings = screen_settings(base)
     named = {name: settings[name] for name in sorted(ends, key=ends.__getitem__)[:3]}
     rival = {"Schedule-Free": RIVALS["Schedule-Free"]}
@@ -405,13 +399,14 @@ def around_muon(store: Store) -> list[Contrast]:
 # The paper's own setting, at a length where its window is a small part of the run.
 def papers_setting(store: Store) -> list[Contrast]:
     run = Run(8000)
-    base = tuned_adamw(store, run, refine=False)
     windows = {"H = 16": 0.9934, "H = 32": 0.9967, "H = 64": 0.9984}
     forms: dict[str, Form] = {
         name: ("gpa-adamw", {**PAPER, "mu_x": mu_x}) for name, mu_x in windows.items()
     }
-    settings = tuned_forms(store, run, forms, doubled(base), warmups=(0.05,))
-    return contrasts(settings, found_all(store, run, [base, *settings.values()], FRESH[:4]))
+    rates = doubled(usual_adamw(store, run))
+    settings = tuned_forms(store, run, forms, rates, warmups=(0.05,))
+    every = [tuned_adamw(store, run), *settings.values()]
+    return contrasts(settings, found_all(store, run, every, FRESH[:4]))
 
 
 # Size: 20 tokens a parameter, as the paper trains.
@@ -438,9 +433,6 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     },
     "tuned": {
         "4,000 steps of 32": functools.partial(tuned_one_liners, BLOCK_RUNS["4,000 steps of 32"])
-    },
-    "warmup": {
-        "1,000 steps of 32": functools.partial(other_warmups, BLOCK_RUNS["1,000 steps of 32"])
     },
     "length": {
         f"{steps:,} steps": functools.partial(against_tuned_adamw, Run(steps), UNTUNED, seeds=seeds)

@@ -121,6 +121,19 @@ def test_the_one_liners_have_the_rule_and_no_search_of_their_own():
             assert (member.warmup, member.knobs) == (0.2, ())
 
 
+@pytest.mark.parametrize(("best", "baseline"), [(0.05, 0.05), (0.2, 0.2), (0.5, 0.5)])
+def test_the_baseline_has_longer_warmups_where_they_are_better_and_the_rule_has_not(best, baseline):
+    contrasts, asked = Imagined(bowl(8e-3, warmup=best)).finish(
+        STUDIES["blocks"]["1,000 steps of 32"]
+    )
+    assert contrasts[0].baseline[0].member.warmup == baseline
+    tried = {m.warmup for m in asked if m.optimizer == "adamw" and m.seed in TUNING}
+    assert tried == ({0.05, 0.2} if best == 0.05 else {0.05, 0.2, 0.3, 0.5})
+    by_name = {contrast.name: contrast.contender[0].member for contrast in contrasts}
+    assert by_name["annealed_adamw"].warmup == 0.2
+    assert by_name["gpa(optax.adamw)"].warmup == min(best, 0.2)
+
+
 def test_what_is_missing_comes_in_the_order_of_its_worth_and_each_run_once():
     members = missing(Imagined(None))
     assert len({m.identity for m in members}) == len(members)

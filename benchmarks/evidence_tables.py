@@ -262,7 +262,7 @@ def length_figure(panels: dict[str, dict[str, Series]]) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes_of[0].set_ylabel("Steps saved, of tuned AdamW's (%)")
-    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -51,13 +51,12 @@ from benchmarks import QUICK
 from benchmarks.runs import RUNS, Result, pursue, stored, table, train_config
 from benchmarks.statistics import Estimate, estimate
 from benchmarks.store import Store, make, results_of, settled, together
+from benchmarks.workloads import SMALL_LLAMA, SMALL_VIT
 from examples.config import OneRun
 from examples.llama.config import TrainLlama
-from examples.llama.model import LlamaConfig
 from examples.settings import Name, Settings, label, split
 from examples.vit.config import TrainViT
 from examples.vit.data import ImageData
-from examples.vit.model import ViTConfig
 
 TRIAL_SEED = 1000
 SEEDS = range(6)
@@ -99,7 +98,6 @@ ADAMW: tuple[Contender, ...] = (
     "diloco-adamw",
     "ema-adamw",
 )
-SMALL_VIT = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
 IMAGES = TrainViT(
     steps=1500,
     batch_size=64,
@@ -114,7 +112,7 @@ WORKLOADS = {
             batch_size=32,
             length=64,
             validation_examples=512,
-            model=LlamaConfig(512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2),
+            model=SMALL_LLAMA,
         ),
         (4e-3, 8e-3, 1.6e-2, 3.2e-2),
         (*ADAMW, "muon", "gpa-muon"),

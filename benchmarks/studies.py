@@ -130,11 +130,8 @@ def tuned_forms(
 OCTAVES = (4e-3, 8e-3, 1.6e-2)
 
 
-def usual_adamw(
-    store: Store, run: Run, rates: Sequence[float] = OCTAVES, warmups: Sequence[float] = WARMUPS
-) -> Setting:
-    """AdamW with a line to 0, which was its best of four schedules in the study before this one,
-    and with a usual warmup: what a reader has, from which the rule makes the one-liners' settings.
+def adamw(store: Store, run: Run, rates: Sequence[float], warmups: Sequence[float]) -> Setting:
+    """AdamW with a line to 0, which was its best of four schedules in the study before this one.
 
     The rates to begin with are those for batches of 32 windows of text.
     """
@@ -143,15 +140,20 @@ def usual_adamw(
     return tuned(store, run, "adamw", rates, warmups=warmups, refine=run.steps <= 2000)
 
 
+def usual_adamw(store: Store, run: Run, rates: Sequence[float] = OCTAVES) -> Setting:
+    """With a usual warmup: what a reader has, and what the rule takes twice the learning rate of."""
+    return adamw(store, run, rates, WARMUPS)
+
+
 def tuned_adamw(store: Store, run: Run, rates: Sequence[float] = OCTAVES) -> Setting:
     """The baseline: AdamW with longer warmups as well, where the longest usual one is the best."""
     usual = usual_adamw(store, run, rates)
     if usual.warmup < max(WARMUPS):
         return usual
-    return usual_adamw(store, run, rates, LONGER_WARMUPS)
+    return adamw(store, run, rates, LONGER_WARMUPS)
 
 
-# What a reader copies, from AdamW's tuned learning rate and warmup.
+# What a reader copies, from AdamW's usual learning rate and warmup.
 def annealed(base: Setting) -> Setting:
     return Setting("annealed", 2 * base.learning_rate, 0.2)
 
@@ -190,8 +192,8 @@ def annealed_with_its_warmup(base: Setting) -> Setting:
     return annealed(base)._replace(warmup=base.warmup)
 
 
-# A fifth of a long run is a long warmup: AdamW's own may do there.
-UNTUNED = {**ONE_LINERS, "annealed_adamw, AdamW's warmup": annealed_with_its_warmup}
+# A fifth of a long run is a long warmup: AdamW's usual one may do there.
+UNTUNED = {**ONE_LINERS, "annealed_adamw, AdamW's usual warmup": annealed_with_its_warmup}
 
 
 def against_tuned_adamw(

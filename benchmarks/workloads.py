@@ -30,6 +30,8 @@ PART = 32  # rows that are evaluated at a time; on a CPU 64 take a sixth longer
 PRETRAINED = "pretrained-python-512.npz"
 MARGIN = 3  # of black pixels, from which shifted images are cut
 SEEN = 512  # training images, at which BatchNorm takes its statistics
+SMALL_LLAMA = LlamaConfig(512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2)
+SMALL_VIT = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
 # The ConvNet's channels in and out, and the stride.
 CONVOLUTIONS = {"first": (1, 16, 1), "second": (16, 32, 2), "third": (32, 64, 2)}
 
@@ -58,9 +60,7 @@ class Task(NamedTuple):
 class Workload:
     """A Llama on text. No window of the text is read twice in a run."""
 
-    model: LlamaConfig = LlamaConfig(
-        512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2
-    )
+    model: LlamaConfig = SMALL_LLAMA
     text: Text = "python"
     length: int = 64
     """Tokens that a window predicts."""
@@ -184,11 +184,10 @@ class ImageWorkload:
 
     def task(self) -> Task:
         if self.model == "vit":
-            config = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
-            graph = nnx.graphdef(nnx.eval_shape(lambda: ViT(config, nnx.Rngs(0))))
+            graph = nnx.graphdef(nnx.eval_shape(lambda: ViT(SMALL_VIT, nnx.Rngs(0))))
 
             def init(key: jax.Array) -> optax.Params:
-                return nnx.to_pure_dict(nnx.state(ViT(config, nnx.Rngs(key)), nnx.Param))
+                return nnx.to_pure_dict(nnx.state(ViT(SMALL_VIT, nnx.Rngs(key)), nnx.Param))
 
             def apply(params: optax.Params, images: jax.Array, statistics: Any = None) -> Any:
                 return nnx.merge(graph, params)(images), None

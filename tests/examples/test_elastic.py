@@ -26,7 +26,7 @@ from examples.vit.model import ViTConfig
 from helpers import ROOT
 from helpers.programs import environment, free_port, llama, on_devices, train
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.optimized]  # it is about the last digits
 
 STEPS, PART = 12, 4
 # (processes, devices of each, devices that share a copy of the state)
@@ -185,7 +185,7 @@ def test_when_a_process_is_killed_jax_ends_the_other_within_a_minute(tmp_path, v
     """Process 0 is noticed by its connections, the other by its silence. A collective that fails
     before ends in a traceback, and a checkpoint that was being written in a sentence."""
     config = dataclasses.replace(text_run(tmp_path), steps=100_000, evaluate_every=PART)
-    running = start(config, 2, heartbeat=10)
+    running = start(config, 2)
     try:
         wait_for_checkpoint(config, running)
         running[victim].send_signal(signal.SIGKILL)

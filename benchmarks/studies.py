@@ -141,7 +141,7 @@ def adamw(store: Store, run: Run, rates: Sequence[float], warmups: Sequence[floa
 
 
 def usual_adamw(store: Store, run: Run, rates: Sequence[float] = OCTAVES) -> Setting:
-    """With a usual warmup: what a reader has, and what the rule takes twice the learning rate of."""
+    """With a usual warmup: what a reader has, and what the rule starts from."""
     return adamw(store, run, rates, WARMUPS)
 
 

@@ -433,7 +433,9 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
     },
     "tuned": {"4,000 steps of 32": functools.partial(tuned_one_liners, Run(4000))},
     "length": {
-        f"{steps:,} steps": functools.partial(against_tuned_adamw, Run(steps), UNTUNED, seeds=seeds)
+        f"{steps:,} steps": functools.partial(
+            against_tuned_adamw, Run(steps), UNTUNED | USUAL, seeds=seeds
+        )
         for steps, seeds in LENGTHS.items()
     },
     "map": {

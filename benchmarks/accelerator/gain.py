@@ -1,8 +1,9 @@
 """What GPA gains by the length of the run and the size of the model: many members at once.
 
 AdamW with a line to 0, the two forms that the README offers, and Schedule-Free, each at equally
-many learning rates and on the same seeds: one group of members per optimizer, trained at once. The
-first seed is for tuning, and so is the fifth if there are that many; the others are shown. Members
+many learning rates and on the same seeds, and AdamW also with a warmup of half the run: one group
+of members per contender, trained at once. The first seed is for tuning, and so is the fifth if
+there are that many; the others are shown. Members
 are stored one by one in members.jsonl, and those that are stored are not trained again.
 
 The speed of the device is measured on what was trained so far. Only groups that will end in the
@@ -35,10 +36,21 @@ from examples.llama.model import LlamaConfig
 
 SHARE = 230  # of the time of all parts
 MEMORY = 0.9  # of the GPU's, for JAX
-BASELINE = "adamw"
-# The learning rates of each, in units of those of AdamW: the rule is twice AdamW's.
-OPTIMIZERS = {BASELINE: 1, "annealed": 2, "anytime": 2, "schedule-free-adamw": 2}
-WARMUP = 0.2
+
+
+class Contender(NamedTuple):
+    """One group of members: an optimizer with a warmup, at several learning rates."""
+
+    optimizer: str
+    factor: int = 2
+    """Its learning rates, in units of those of AdamW: the rule is twice AdamW's."""
+    warmup: float = 0.2
+
+
+USUAL = Contender("adamw", 1)
+# In short runs and in large batches AdamW's best warmup was as long as that.
+LONGER = USUAL._replace(warmup=0.5)
+FORMS = [Contender(name) for name in ("annealed", "anytime", "schedule-free-adamw")]
 SEEDS = (TUNING[0], *FRESH[:3], TUNING[1], *FRESH[3:6])
 COMPILERS = 8
 FILE = "members.jsonl"
@@ -102,16 +114,16 @@ def parsed(measurement: str) -> tuple[Size, int]:
     return {**SIZES, **REHEARSAL}[name], int(rest.split()[0].replace(",", ""))
 
 
-def optimizers(measurement: str) -> list[str]:
-    """All, and two in a rehearsal."""
-    return list(OPTIMIZERS)[: 2 if measurement in measurements(quick=True) else None]
+def contenders(measurement: str) -> list[Contender]:
+    """All, and three in a rehearsal."""
+    return [USUAL, LONGER, *FORMS][: 3 if measurement in measurements(quick=True) else None]
 
 
-def members(measurement: str, optimizer: str, seeds: Sequence[int] = SEEDS) -> list[Member]:
-    """All of an optimizer, seed by seed."""
+def members(measurement: str, one: Contender, seeds: Sequence[int] = SEEDS) -> list[Member]:
+    """All of a contender, seed by seed."""
     size, steps = parsed(measurement)
     return [
-        Member(optimizer, steps, seed, OPTIMIZERS[optimizer] * rate, WARMUP, workload=size.workload)
+        Member(one.optimizer, steps, seed, one.factor * rate, one.warmup, workload=size.workload)
         for seed, rate in itertools.product(seeds, size.rates)
     ]
 
@@ -133,7 +145,8 @@ def expected(measurement: str, peaks: Peaks | None) -> dict[str, dict[str, Any]]
 
 
 def programs(measurement: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The jitted functions of the first group of each optimizer, and their arguments' shapes."""
+    """The jitted functions of the first group of each optimizer, and their arguments' shapes.
+    A longer warmup is another number in them."""
     found = {}
     for group in groups(measurement, parsed(measurement)[0].seeds[0]):
         for name, program in programs_of(group, *TOKENS).items():
@@ -172,14 +185,14 @@ def programs_of(
 
 def groups(measurement: str, seeds: int, made: Container[Member] = ()) -> list[list[Member]]:
     """The groups that are trained at once, without members that were made; some seeds with all
-    optimizers before the next seeds, so that seeds are complete early."""
+    contenders before the next seeds, so that seeds are complete early."""
     size, _ = parsed(measurement)
     at_once = max(1, size.at_once // len(size.rates))
     found = []
     for start in range(0, seeds, at_once):
         some = SEEDS[start : min(start + at_once, seeds)]
-        for optimizer in optimizers(measurement):
-            group = members(measurement, optimizer, some)
+        for one in contenders(measurement):
+            group = members(measurement, one, some)
             found.append([member for member in group if member not in made])
     return [group for group in found if group]
 
@@ -204,9 +217,9 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
         took = here.train(group, under.peaks)
         seconds, count = seconds + took, count + len(group)
         best = min(here.made[member].final for member in group)
-        name = group[0].optimizer
-        under.say(f"{name}: {len(group)} members in {took:.1f} s, the best ends at {best:.4f}")
-    every = [m for name in optimizers(measurement) for m in members(measurement, name)]
+        what = f"{group[0].optimizer}, warmup {group[0].warmup:.0%}: {len(group)} members"
+        under.say(f"{what} in {took:.1f} s, the best ends at {best:.4f}")
+    every = [m for one in contenders(measurement) for m in members(measurement, one)]
     predicted = expected(measurement, under.peaks)[MEMBER]["seconds"]
     row = {"seconds": seconds / count, "predicted_seconds": predicted} if count else None
     return {
@@ -302,16 +315,17 @@ def on_paper(group: Sequence[Member], peaks: Peaks | None) -> float:
 
 
 def contrasts(measurement: str, made: Store | Mapping[Member, Result]) -> dict[str, dict[str, Any]]:
-    """Each contender beside AdamW on the seeds that were not used for tuning, at its own best
-    learning rate and at twice AdamW's."""
+    """Each form beside AdamW on the seeds that were not used for tuning, at its own best learning
+    rate and at twice the one that is AdamW's best with the usual warmup. AdamW has the better of
+    its two warmups."""
     size, _ = parsed(measurement)
     seeds = [
         seed
         for seed in SEEDS
         if all(
             member in made
-            for optimizer in optimizers(measurement)
-            for member in members(measurement, optimizer, [seed])
+            for one in contenders(measurement)
+            for member in members(measurement, one, [seed])
         )
     ]
     if not seeds:
@@ -319,25 +333,34 @@ def contrasts(measurement: str, made: Store | Mapping[Member, Result]) -> dict[s
     tuning = [seed for seed in seeds if seed in TUNING]
     shown = [seed for seed in seeds if seed not in TUNING] or seeds
 
-    def runs(optimizer: str, rate: float, seeds: Sequence[int]) -> list[Result]:
-        every = members(measurement, optimizer, seeds)
+    def runs(one: Contender, rate: float, seeds: Sequence[int]) -> list[Result]:
+        every = members(measurement, one, seeds)
         return [made[m] for m in every if math.isclose(m.learning_rate, rate)]
 
-    def best(optimizer: str) -> float:
-        rates = [OPTIMIZERS[optimizer] * rate for rate in size.rates]
-        return min(rates, key=lambda r: np.mean([run.final for run in runs(optimizer, r, tuning)]))
+    def best(*some: Contender) -> tuple[Contender, float]:
+        settings = [(one, one.factor * rate) for one in some for rate in size.rates]
+        return min(settings, key=lambda setting: mean_final(runs(*setting, tuning)))
 
-    rate = best(BASELINE)
-    baseline = runs(BASELINE, rate, shown)
-    found = {BASELINE: {"learning_rate": rate, "final": mean_final(baseline), "seeds": len(shown)}}
-    for optimizer in optimizers(measurement)[1:]:
-        own = best(optimizer)
-        found[optimizer] = {
+    _, usual_rate = best(USUAL)
+    adamw, rate = best(USUAL, LONGER)
+    baseline = runs(adamw, rate, shown)
+    found = {
+        USUAL.optimizer: {
+            "learning_rate": rate,
+            "warmup": adamw.warmup,
+            "final": mean_final(baseline),
+            "seeds": len(shown),
+        }
+    }
+    for form in contenders(measurement)[2:]:
+        _, own = best(form)
+        found[form.optimizer] = {
             "learning_rate": own,
-            **contrast(runs(optimizer, own, shown), baseline),
+            "warmup": form.warmup,
+            **contrast(runs(form, own, shown), baseline),
             "by_rule": {
-                "learning_rate": 2 * rate,
-                **contrast(runs(optimizer, 2 * rate, shown), baseline),
+                "learning_rate": 2 * usual_rate,
+                **contrast(runs(form, 2 * usual_rate, shown), baseline),
             },
         }
     return found
@@ -377,6 +400,7 @@ def told(result: dict[str, Any]) -> str:
     lines = [f"{result['members']} members{', not all' if result['partial'] else ''}"]
     for name, row in result["contrasts"].items():
         line = f"{name}: {row['final']:.4f} at a learning rate of {row['learning_rate']:.3g}"
+        line += f" and a warmup of {row['warmup']:.0%}"
         if "saving" in row:
             line += f", {row['difference']:+.4f}, saves {row['saving']:.1%}"
         lines.append(line)

@@ -163,8 +163,8 @@ def steps(folder: Path) -> Table:
 
 def gains(folder: Path) -> Table:
     headings = (
-        "device, date", "model, steps", "", "learning rate", "loss at the end", "against AdamW",
-        "saves", "at twice AdamW's rate, saves", "seeds",
+        "device, date", "model, steps", "", "learning rate", "warmup", "loss at the end",
+        "against AdamW", "saves", "at twice AdamW's rate, saves", "seeds",
     )  # fmt: skip
     lines = []
     for one in measured(folder, "gain"):
@@ -179,9 +179,10 @@ def gains(folder: Path) -> Table:
                     one.name,
                     name,
                     f"{row['learning_rate']:.3g}",
+                    f"{row['warmup']:.0%}",
                     f"{row['final']:.4f}",
                     *beside,
-                    f"{found[gain.BASELINE]['seeds']}",
+                    f"{found[gain.USUAL.optimizer]['seeds']}",
                 ]
             )
     return headings, lines

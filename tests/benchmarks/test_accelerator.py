@@ -258,9 +258,10 @@ def test_the_rehearsal_trains_members_and_stores_each(rehearsed):
     _, content = stored(folder, "gain")
     ((name, found),) = content["measurements"].items()
     made = Store(folder / gain.FILE, kind=MEMBERS)
-    wanted = [m for o in ("adamw", "annealed") for m in gain.members(name, o, gain.SEEDS[:4])]
+    some = gain.USUAL, gain.LONGER, gain.FORMS[0]
+    wanted = [member for one in some for member in gain.members(name, one, gain.SEEDS[:4])]
     assert {member.identity for member in wanted} == made.records.keys()
-    assert found["members"] == len(wanted) == 16
+    assert found["members"] == len(wanted) == 24
     for member in wanted:
         result = made[member]
         assert result.member == member
@@ -298,7 +299,7 @@ def test_as_many_seeds_are_begun_as_there_is_time_for(tmp_path):
     name, peaks = "0.125M, 1,000 steps", None
     here = gain.Training(Store(tmp_path / gain.FILE, kind=MEMBERS), gain.rehearsal())
     whole = gain.groups(name, 8)
-    assert [len(group) for group in whole] == [32] * 4
+    assert [len(group) for group in whole] == [32] * 5
     takes = sum(here.seconds(group, peaks) for group in whole)
     for part, seeds in ((1.01, 8), (0.51, 4), (0.26, 2)):
         assert here.plan(name, part * takes, peaks) == gain.groups(name, seeds)
@@ -307,7 +308,7 @@ def test_as_many_seeds_are_begun_as_there_is_time_for(tmp_path):
     assert here.plan(name, 0.01 * takes, peaks) == []
     # What a group took is what is expected of the next ones, also of another size.
     here.slowdown[whole[0][0].workload] = 20.0
-    assert here.plan(name, 1.01 * takes, peaks) == gain.groups(name, 2)[:1]
+    assert here.plan(name, 1.01 * takes, peaks) == gain.groups(name, 2)[:2]
     large = gain.groups("1M, 5,000 steps", 2)[0]
     here.slowdown.clear()
     assert here.seconds(large, peaks) * 10 == pytest.approx(
@@ -332,18 +333,20 @@ def test_members_of_large_models_are_trained_as_many_at_a_time_as_fit():
     tokens = steps * size.workload.batch_size * size.workload.length
     assert 34e6 < tokens < gain.TOKENS[0]
     groups = gain.groups(name, 2)
-    assert [len(group) for group in groups] == [3] * 8
-    assert {member.seed for group in groups[:4] for member in group} == {gain.SEEDS[0]}
+    assert [len(group) for group in groups] == [3] * 10
+    assert {member.seed for group in groups[:5] for member in group} == {gain.SEEDS[0]}
     sizes = [entries(shapes(gain.SIZES[name].workload.model)) for name in gain.SIZES]
     assert np.allclose(sizes, [0.125e6, 1e6, 16e6, 30e6], rtol=0.08)
 
 
-def made_up(name, losses):
-    """Results that end where `losses` says, by optimizer, rate and seed, after a straight line."""
+def made_up(name, losses, worse=gain.LONGER):
+    """Results that end where `losses` says, by optimizer, rate and seed, after a straight line; one
+    contender ends 0.01 higher."""
     found = {}
-    for optimizer in gain.optimizers(name):
-        for member in gain.members(name, optimizer):
-            loss = losses(optimizer, member.learning_rate, member.seed)
+    for one in gain.contenders(name):
+        for member in gain.members(name, one):
+            loss = losses(one.optimizer, member.learning_rate, member.seed)
+            loss += 0.01 * (one == worse)
             curve = {"step": [500, 750, 1000], "loss": [loss + 1, loss + 0.5, loss]}
             found[member] = ensemble.Result(member, curve, loss, 0.0)
     return found
@@ -364,6 +367,7 @@ def test_learning_rates_are_chosen_on_the_tuning_seeds_and_shown_on_the_others()
     found = gain.contrasts(name, made_up(name, losses))
     assert found["adamw"]["learning_rate"] == 8e-3
     assert found["adamw"]["seeds"] == 6
+    assert found["adamw"]["warmup"] == 0.2
     row = found["annealed"]
     assert row["learning_rate"] == 3.2e-2
     assert row["difference"] == pytest.approx(2.4 - 2.505)
@@ -375,6 +379,18 @@ def test_learning_rates_are_chosen_on_the_tuning_seeds_and_shown_on_the_others()
     assert row["by_rule"]["difference"] == pytest.approx(2.295 - 2.505)
     (bar,) = gain.bars({name: {"contrasts": found}})
     assert (bar.limit, bar.measured) == (0.20, row["by_rule"]["saving"])
+
+
+def test_adamw_has_the_better_of_its_warmups_and_the_rule_the_usual_one():
+    name = "0.125M, 1,000 steps"
+
+    def losses(optimizer, rate, seed):
+        return 3 + abs(math.log(rate / 8e-3))
+
+    found = gain.contrasts(name, made_up(name, losses, worse=gain.USUAL))
+    assert (found["adamw"]["warmup"], found["adamw"]["final"]) == (0.5, 3)
+    assert found["annealed"]["by_rule"]["learning_rate"] == 1.6e-2
+    assert found["annealed"]["by_rule"]["difference"] == pytest.approx(math.log(2))
 
 
 def test_a_contender_that_diverges_is_worse_than_anything():

@@ -1,6 +1,7 @@
 """The tables and figures of the studies in `benchmarks.studies`, from what is stored so far."""
 
 import functools
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -88,10 +89,12 @@ def saving(contrast: Contrast) -> Saving:
 
 
 def table(study: str, store: Store) -> Table:
-    """The headings, and a line for each contender, the baseline first, in each condition."""
+    """The headings, and a line for each contender, the baseline first, in each condition. One that
+    is the baseline itself there has none."""
     lines = []
     for condition, contrasts in complete(study, store):
         baseline = contrasts[0].baseline
+        contrasts = [one for one in contrasts if one.contender != baseline]
         first = f"{condition}, {len(baseline)} seeds"
         lines.append([first, baseline[0].member.optimizer, *run_cells(baseline), "", "", "", ""])
         differences = [difference(contrast) for contrast in contrasts]
@@ -165,7 +168,11 @@ def prediction(store: Store) -> str:
                 f"In a new condition `{name}` is predicted to save {np.mean(found):+.0%} "
                 f"({low:+.0%} to {high:+.0%}, from {len(found)} conditions)."
             )
-    return "\n".join(told or ["Fewer than three conditions are complete."]) + "\n"
+    return paragraphs(told or ["Fewer than three conditions are complete."])
+
+
+def paragraphs(told: Sequence[str]) -> str:
+    return "\n\n".join(textwrap.fill(one, 118) for one in told) + "\n"
 
 
 class Point(NamedTuple):
@@ -218,58 +225,81 @@ def trend_text(store: Store) -> str:
             f"{value:+.1%} ({low:+.1%} to {high:+.1%}) {what}"
             for (value, low, high), what in zip(found, per, strict=False)
         ]
-        told.append(
-            f"By a least-squares fit of {len(points)} conditions `{name}` saves {', '.join(terms)}."
-        )
-    return "\n".join(told or ["Fewer than three lengths are complete."]) + "\n"
+        terms = ", and ".join([", ".join(terms[:2]), *terms[2:]])
+        told.append(f"`{name}` saves {terms}, by least squares over {len(points)} conditions.")
+    return paragraphs(told or ["Fewer than three lengths are complete."])
 
 
-Series = list[tuple[int, Saving]]
+class Gain(NamedTuple):
+    """What a form gains in runs of one length."""
+
+    steps: int
+    loss: Estimate
+    """At the end, less AdamW's."""
+    steps_saved: Saving
 
 
-def over_length(store: Store) -> dict[str, dict[str, Series]]:
-    """What each form without tuning saves in runs of each length, by the size of the model."""
-    found: dict[str, dict[str, Series]] = {}
+Panels = dict[str, dict[str, list[Gain]]]
+
+
+def over_length(store: Store) -> Panels:
+    """The gains of each form without tuning, by the size of the model. A form that is the same as
+    an earlier one in a condition is left out there."""
+    found: Panels = {}
+    seen = []
     for name in UNTUNED:
-        for point in over_length_and_size(name, store):
-            size = f"{point.parameters / 1e6:.3g}M parameters"
-            found.setdefault(size, {}).setdefault(name, []).append(
-                (point.steps, saving(point.contrast))
-            )
+        for steps, parameters, contrast in over_length_and_size(name, store):
+            if contrast.contender in seen:
+                continue
+            seen.append(contrast.contender)
+            loss = difference(contrast)
+            assert loss is not None
+            forms = found.setdefault(f"{parameters / 1e6:.3g}M parameters", {})
+            forms.setdefault(name, []).append(Gain(steps, loss, saving(contrast)))
     return found
 
 
-def length_figure(panels: dict[str, dict[str, Series]]) -> Figure:
-    """The saving over the length of the run, with 95 % intervals; the ends of the grey bars are
-    what chance does."""
-    figure = Figure(figsize=(max(6.4, 4 * len(panels)), 3.6), layout="constrained")
+def length_figure(panels: Panels) -> Figure:
+    """The difference of the losses, and the saving, over the length of the run, with 95 %
+    intervals; the ends of the grey bars are what chance does."""
+    figure = Figure(figsize=(max(5.4, 3.6 * len(panels)), 5.6), layout="constrained")
     figure.patch.set_facecolor("white")
-    axes_of = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
-    for axes, (size, forms) in zip(axes_of, panels.items(), strict=True):
-        lengths = sorted({steps for series in forms.values() for steps, _ in series})
-        for number, (colour, (name, series)) in enumerate(
+    grid = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
+    for (above, below), (size, forms) in zip(grid.T, panels.items(), strict=True):
+        for number, (colour, (name, gains)) in enumerate(
             zip(COLOURS[1:], forms.items(), strict=False)
         ):
             # Beside each other, so that none covers another.
-            places = [steps * 1.06 ** (number - 1) for steps, _ in series]
-            saved, low, high, chance = 100 * np.array([saving for _, saving in series]).T
-            axes.vlines(places, -chance, chance, color="0.85", linewidth=7, zorder=0)
-            axes.plot(places, saved, "o-", color=colour, label=name)
-            axes.vlines(places, low, high, color=colour)
-        axes.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
-        axes.set(xscale="log", xlabel="Steps of the run", title=size)
-        axes.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    axes_of[0].set_ylabel("Steps saved, of tuned AdamW's (%)")
-    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            places = [gain.steps * 1.06 ** (number - 1) for gain in gains]
+            mean, low, high = np.array([gain.loss[:3] for gain in gains]).T
+            above.plot(places, mean, "o-", color=colour, label=name)
+            above.vlines(places, low, high, color=colour)
+            saved, low, high, chance = 100 * np.array([gain.steps_saved for gain in gains]).T
+            below.vlines(places, -chance, chance, color="0.85", linewidth=7, zorder=0)
+            below.plot(places, saved, "o-", color=colour)
+            below.vlines(places, low, high, color=colour)
+        for axes in (above, below):
+            axes.axhline(0, color="0.3", linewidth=0.8, linestyle="--")
+            axes.grid(alpha=0.3)
+        lengths = sorted({gain.steps for gains in forms.values() for gain in gains})
+        above.set_title(size)
+        below.set(xscale="log", xlabel="Steps of the run")
+        below.set_xticks(lengths, [f"{steps:,}" for steps in lengths])
+        below.minorticks_off()
+    grid[0, 0].set_ylabel("Loss at the end,\nless tuned AdamW's (nats)")
+    grid[1, 0].set_ylabel("Steps saved,\nof tuned AdamW's (%)")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1)
     return figure
 
 
 def brief(store: Store) -> Table:
-    """For the README: what the one-liners gain where people copy them, and by chance."""
+    """For the README: what the one-liners gain by the length of the run and in large batches, and
+    by chance."""
+    conditions = [(f"{name} of 32", found) for name, found in complete("length", store)]
+    named = {name for name, _ in conditions}
+    conditions += [(name, found) for name, found in complete("blocks", store) if name not in named]
     lines = []
-    for condition, contrasts in complete("blocks", store):
+    for condition, contrasts in conditions:
         named = {contrast.name: contrast for contrast in contrasts}
         cells = []
         for name in ONE_LINERS:

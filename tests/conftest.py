@@ -3,11 +3,10 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# Before JAX starts: the sharding tests need several devices.
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
+from helpers import QUICKLY, xla_flags
+
+# Before JAX starts: the sharding tests need several devices. What is given overrides these.
+os.environ["XLA_FLAGS"] = f"{xla_flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests of the examples compile the same training steps again and again, also in subprocesses.
 os.environ.setdefault(
@@ -50,10 +49,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
     """The trainer's programs take seconds to optimize and less to run, so its tests, and the
-    processes that they start, do without, unless the environment or a marker says otherwise."""
-    trainer = request.path.parent.name in ("examples", "benchmarks")
-    optimized = request.node.get_closest_marker("optimized")
-    if not trainer or optimized or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+    processes that they start, do without."""
+    if not QUICKLY or request.path.parent.name not in ("examples", "benchmarks"):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -13,8 +13,6 @@ from benchmarks import ensemble
 from benchmarks.ensemble import Member
 from benchmarks.workloads import Data, ImageWorkload, convnet, convnet_params
 
-pytestmark = pytest.mark.optimized
-
 
 @pytest.fixture(scope="module")
 def images():

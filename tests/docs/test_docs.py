@@ -17,7 +17,7 @@ from gpa_optax import averaging
 from helpers.loops import run
 
 PUBLIC = {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
-from helpers import ROOT
+from helpers import ROOT, xla_flags
 
 DOCS = ROOT / "docs"
 RECIPES = sorted(DOCS.glob("recipes/*.py"))
@@ -191,7 +191,7 @@ def test_recipe(recipe):
             pytest.importorskip(module)
     done = subprocess.run(
         [sys.executable, recipe],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
         capture_output=True,
         text=True,
     )

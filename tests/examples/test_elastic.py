@@ -26,7 +26,7 @@ from examples.vit.model import ViTConfig
 from helpers import ROOT
 from helpers.programs import environment, free_port, llama, on_devices, train
 
-pytestmark = [pytest.mark.processes, pytest.mark.optimized]  # it is about the last digits
+pytestmark = pytest.mark.processes
 
 STEPS, PART = 12, 4
 # (processes, devices of each, devices that share a copy of the state)

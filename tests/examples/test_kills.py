@@ -27,7 +27,7 @@ from helpers import ROOT
 from helpers.loops import assert_same
 from helpers.programs import environment, saved, write_text
 
-pytestmark = [pytest.mark.processes, pytest.mark.optimized]  # it is about every bit
+pytestmark = pytest.mark.processes
 
 KINDS = {"llama": TrainLlama, "vit": TrainViT}
 EVERY = 4  # steps from one checkpoint to the next

@@ -11,7 +11,7 @@ from helpers.needs import needs
 
 needs("sklearn")
 
-pytestmark = pytest.mark.optimized
+
 FOLDER = ROOT / "examples"
 NAMES = ["minimal_llama", "minimal_vit"]
 

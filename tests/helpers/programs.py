@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from helpers import xla_flags
 from helpers.needs import TRAINER, needs
 
 needs(*TRAINER)
@@ -113,8 +114,7 @@ def saved(config, step, devices=1, fsdp=1):
 
 def environment(devices: int = 1) -> dict[str, str]:
     """For a process of its own, with so many devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
 
 
 def free_port() -> int:

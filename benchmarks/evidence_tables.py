@@ -296,8 +296,8 @@ def brief(store: Store) -> Table:
     """For the README: what the one-liners gain by the length of the run and in large batches, and
     by chance."""
     conditions = [(f"{name} of 32", found) for name, found in complete("length", store)]
-    named = {name for name, _ in conditions}
-    conditions += [(name, found) for name, found in complete("blocks", store) if name not in named]
+    have = {name for name, _ in conditions}
+    conditions += [(name, found) for name, found in complete("blocks", store) if name not in have]
     lines = []
     for condition, contrasts in conditions:
         named = {contrast.name: contrast for contrast in contrasts}

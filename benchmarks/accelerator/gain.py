@@ -3,8 +3,8 @@
 AdamW with a line to 0, the two forms that the README offers, and Schedule-Free, each at equally
 many learning rates and on the same seeds, and AdamW also with a warmup of half the run: one group
 of members per contender, trained at once. The first seed is for tuning, and so is the fifth if
-there are that many; the others are shown. Members
-are stored one by one in members.jsonl, and those that are stored are not trained again.
+there are that many; the others are shown. Members are stored one by one in members.jsonl, and
+those that are stored are not trained again.
 
 The speed of the device is measured on what was trained so far. Only groups that will end in the
 time that is left are started, with as many seeds as fit.

@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """The trainer's programs take seconds to optimize and less to run, so its tests, and the
-    processes that they start, do without."""
-    if not QUICKLY or request.path.parent.name not in ("examples", "benchmarks"):
+    """Programs of the trainer and of the recipes take longer to optimize than to run, so these
+    tests, and the processes that they start, do without."""
+    if not QUICKLY or request.path.parent.name not in ("examples", "benchmarks", "docs"):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -25,7 +25,7 @@ from benchmarks.members import MEMBERS
 from benchmarks.store import Store
 from benchmarks.studies import TUNING
 from benchmarks.updates import entries, shapes
-from helpers import ROOT, xla_flags
+from helpers import ROOT, environment
 from helpers.needs import needs_cuda_plugin
 from planning.machines import compile_for, find
 
@@ -58,13 +58,11 @@ builtins.__import__ = checked
 
 def run(*flags, lacking=None, status=0):
     """The command in a process of its own; what it said."""
-    environment = os.environ | {"XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"}
-    if lacking:
-        environment["PYTHONPATH"] = str(lacking)
+    paths = {"PYTHONPATH": str(lacking)} if lacking else {}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.accelerator", *map(str, flags)],
         cwd=ROOT,
-        env=environment,
+        env=environment() | paths,
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,6 @@
 """The benchmarks run, and what they measure adds up."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ from helpers.needs import needs
 needs("grain", "tyro")
 
 from benchmarks.train_step import covered
-from helpers import ROOT
+from helpers import ROOT, environment
 
 pytestmark = pytest.mark.processes
 
@@ -24,9 +23,8 @@ def test_overlapping_spans_count_once():
 def test_the_parts_of_a_training_step_add_up(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "benchmarks.train_step", "--steps", "15", "--rounds", "3"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
-        [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "GFLOP/s" in done.stdout

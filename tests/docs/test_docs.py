@@ -1,6 +1,5 @@
 """The code in the README and on the pages of the site runs, and their links lead somewhere."""
 
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from gpa_optax import averaging
 from helpers.loops import run
 
 PUBLIC = {"optax": optax} | {name: getattr(gpa_optax, name) for name in gpa_optax.__all__}
-from helpers import ROOT, xla_flags
+from helpers import ROOT, environment
 
 DOCS = ROOT / "docs"
 RECIPES = sorted(DOCS.glob("recipes/*.py"))
@@ -191,7 +190,7 @@ def test_recipe(recipe):
             pytest.importorskip(module)
     done = subprocess.run(
         [sys.executable, recipe],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()},
+        env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

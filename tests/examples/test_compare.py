@@ -21,8 +21,8 @@ from examples.llama.__main__ import main as llama_main
 from examples.llama.config import TrainLlama
 from examples.metrics import History
 from examples.vit.__main__ import main as vit_main
-from helpers import ROOT
-from helpers.programs import environment, on_devices, write_text
+from helpers import ROOT, environment
+from helpers.programs import on_devices, write_text
 
 pytestmark = pytest.mark.processes
 

@@ -23,8 +23,8 @@ from examples.metrics import History
 from examples.settings import Settings
 from examples.vit.config import TrainViT
 from examples.vit.model import ViTConfig
-from helpers import ROOT
-from helpers.programs import environment, free_port, llama, on_devices, train
+from helpers import ROOT, environment
+from helpers.programs import free_port, llama, on_devices, train
 
 pytestmark = pytest.mark.processes
 

@@ -27,9 +27,9 @@ from examples.llama.runs import load, read_config, read_tokenizer
 from examples.metrics import History, Report, records
 from examples.sharding import make_mesh, place
 from examples.train import State, build
-from helpers import ROOT
+from helpers import ROOT, environment
 from helpers.loops import assert_same
-from helpers.programs import environment, llama, on_devices, saved, train
+from helpers.programs import llama, on_devices, saved, train
 
 pytestmark = pytest.mark.processes
 

@@ -23,9 +23,9 @@ from examples.config import from_json
 from examples.llama.config import TrainLlama
 from examples.metrics import records
 from examples.vit.config import TrainViT
-from helpers import ROOT
+from helpers import ROOT, environment
 from helpers.loops import assert_same
-from helpers.programs import environment, saved, write_text
+from helpers.programs import saved, write_text
 
 pytestmark = pytest.mark.processes
 

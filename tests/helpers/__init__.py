@@ -18,3 +18,8 @@ def xla_flags(devices: int = 1) -> str:
     """XLA_FLAGS for so many devices and, unless COMPILE says otherwise, for quick compilation."""
     quick = QUICK_FLAGS if QUICKLY and KNOWN else ""
     return f"{quick} --xla_force_host_platform_device_count={devices}"
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a process of its own, with so many devices."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import os
 import random
 import socket
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from helpers import xla_flags
 from helpers.needs import TRAINER, needs
 
 needs(*TRAINER)
@@ -110,11 +108,6 @@ def saved(config, step, devices=1, fsdp=1):
     program = build(config, config.task(), sharding.make_mesh(fsdp, jax.devices()[:devices]))
     with checkpoints.opened(config.run / "checkpoints", keep=100) as manager:
         return checkpoints.restore(manager, step, program.state)
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    """For a process of its own, with so many devices."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
 
 
 def free_port() -> int:

@@ -291,8 +291,8 @@ def doubled(base: Setting) -> tuple[float, float]:
 SMALL = Workload().model
 CONDITIONS = {
     "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
-    "eight layers": Run(1000, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
-    "batches of 128": Run(1000, Workload(batch_size=128)),
+    "eight layers": Run(500, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
+    "batches of 128": Run(500, Workload(batch_size=128)),
     "batches of 8": Run(1000, Workload(batch_size=8)),
     "docstrings": Run(1000, Workload(text="docstrings")),
     "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),

@@ -33,7 +33,7 @@ SEEN = 512  # training images, at which BatchNorm takes its statistics
 SMALL_LLAMA = LlamaConfig(512, dim=64, layers=2, heads=2, kv_heads=1, hidden=176, unroll=2)
 SMALL_VIT = ViTConfig(28, patch=7, dim=48, layers=3, heads=3, hidden=192, unroll=3)
 # The ConvNet's channels in and out, and the stride.
-CONVOLUTIONS = {"first": (1, 16, 1), "second": (16, 32, 2), "third": (32, 64, 2)}
+CONVOLUTIONS = {"first": (1, 16, 2), "second": (16, 32, 2), "third": (32, 64, 2)}
 
 
 class Data(NamedTuple):

@@ -29,7 +29,7 @@ for t in range(400):
         check_step((before.opt_state, (before.mu, before.rho)),
                    (state.opt_state, (state.mu, state.rho)))  # fmt: skip
 
-# The params are the pair (mu, rho). The state to sample from is no state to go on training with.
+# The params are the pair (mu, rho). The state to sample from is no state to resume training from.
 mu, rho = eval_params(state.opt_state, (state.mu, state.rho))
 samples = vi.sample(jax.random.key(0), state._replace(mu=mu, rho=rho), 20_000)["a"]
 assert jnp.allclose(samples.mean(0), mu["a"], atol=0.05), (samples.mean(0), mu)

@@ -91,7 +91,7 @@ at_y = float(loss(model, **everything))
 nnx.update(model, x_of(trainer))
 at_x = float(loss(model, **everything))
 
-# The last checkpoint holds y, and x beside it: a trainer that goes on from it has both.
+# The last checkpoint holds y, and x beside it: a trainer that resumes from it has both.
 resumed = PeftTrainer(MLP(nnx.Rngs(1)), optimizer, config)
 assert np.isclose(loss(resumed.model, **everything), at_y, rtol=1e-4)
 nnx.update(resumed.model, x_of(resumed))

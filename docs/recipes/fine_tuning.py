@@ -60,7 +60,7 @@ head_only = optax.partition(
     {"body": "freeze", "head": "train"},
 )
 params, opt_state = train(params, head_only, task, 200)
-params = eval_params(opt_state, params)  # go on from the average
+params = eval_params(opt_state, params)  # start again from the average
 after_head = loss(params, task)
 assert all(jnp.array_equal(params["body"][name], body[name]) for name in body)
 

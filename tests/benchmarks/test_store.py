@@ -118,7 +118,7 @@ def test_what_another_process_makes_is_left_to_it(elsewhere):
         assert third
 
 
-def test_a_study_that_is_killed_goes_on_and_makes_nothing_twice(elsewhere, capfd):
+def test_a_study_that_is_killed_resumes_and_makes_nothing_twice(elsewhere, capfd):
     whole, cut = (Store(elsewhere / f"{name}.jsonl") for name in ("whole", "cut"))
     make(whole, RUNS, 1, TRAIN, niceness=0)
     assert len(decisive(whole.paths[0])) == len(RUNS)

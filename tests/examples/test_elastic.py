@@ -98,7 +98,7 @@ def start(config, count, devices=1, first="", heartbeat=25):
     return running
 
 
-def go_on(config, place, monkeypatch):
+def train_at(config, place, monkeypatch):
     """Trains to the end at a place, from where the run is."""
     processes, devices, fsdp = PLACES[place]
     config = dataclasses.replace(config, fsdp=fsdp)
@@ -139,11 +139,11 @@ def deviation(config, other):
 def test_a_run_that_moves_makes_the_losses_of_one_that_stays(tmp_path, monkeypatch, kind, places):
     config = RUNS[kind](tmp_path)
     other = dataclasses.replace(config, run=tmp_path / "other")
-    go_on(config, "1 device", monkeypatch)
+    train_at(config, "1 device", monkeypatch)
     for done, place in zip(range(0, STEPS, PART), places, strict=True):
         if done:
             cut(other, done)
-        go_on(other, place, monkeypatch)
+        train_at(other, place, monkeypatch)
     assert deviation(config, other) < 1e-6
     losses = [loss for _, loss in History.read(config.run).train_loss]
     assert losses[-1] < losses[0] - 0.01  # it does train
@@ -155,13 +155,13 @@ def test_a_run_moves_from_each_place_to_each_other(tmp_path, monkeypatch, kind):
     config = RUNS[kind](tmp_path)
     runs = {p: dataclasses.replace(config, run=tmp_path / p.replace(" ", "-")) for p in PLACES}
     for place, run in runs.items():
-        go_on(run, place, monkeypatch)
+        train_at(run, place, monkeypatch)
     found = {}
     for before, after in itertools.permutations(PLACES, 2):
         moved = dataclasses.replace(config, run=tmp_path / "moved")
         shutil.copytree(runs[before].run, moved.run)
         cut(moved, PART)
-        go_on(moved, after, monkeypatch)
+        train_at(moved, after, monkeypatch)
         for place, run in runs.items():  # that stayed where they are
             found[before, after, place] = deviation(run, moved)
         shutil.rmtree(moved.run)
@@ -229,8 +229,15 @@ def test_the_others_wait_for_a_check_that_takes_longer_than_a_collective_may(tmp
     assert [process.returncode for process in running] == [0, 0], outputs
 
 
-def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path):
-    alone = "if config.distributed.process: 1 / 0"
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        ("raise ValueError('There is no file x.')", 2, r"Process 1: There is no file x\.\n"),
+        ("1 / 0", 1, r"(?s)Traceback .*ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path, error, status, says):
+    alone = f"if config.distributed.process: {error}"
     running = start(text_run(tmp_path), 2, first=alone, heartbeat=10)
     try:
         _, errors = running[1].communicate(timeout=600)
@@ -239,18 +246,11 @@ def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path):
     finally:
         for process in running:
             process.kill()
-    assert re.fullmatch(r"(?s)Traceback .*ZeroDivisionError: division by zero\n", errors)
-    assert running[1].returncode == 1
+    assert re.fullmatch(says, errors)
+    assert running[1].returncode == status
     assert GONE in other or "Traceback" in other
     assert running[0].returncode in (1, -signal.SIGABRT)
     assert time.monotonic() - failed < 60
-
-
-def test_an_error_that_the_user_can_fix_is_a_sentence_with_the_process(tmp_path):
-    [process] = start(text_run(tmp_path), 1, first="raise ValueError('There is no file x.')")
-    _, errors = process.communicate(timeout=600)
-    assert errors == "Process 0: There is no file x.\n"
-    assert process.returncode == 2
 
 
 def test_a_number_of_processes_that_cannot_share_the_readers_is_refused(tmp_path):

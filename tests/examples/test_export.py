@@ -434,7 +434,7 @@ def test_a_given_tokenizers_template_is_left_out(trained, tmp_path):
     assert found("abc")["input_ids"] == load(trained.run).tokenizer.encode("abc").ids
 
 
-def test_going_on_with_another_tokenizer_is_refused(trained, tokenizer):
+def test_resuming_with_another_tokenizer_is_refused(trained, tokenizer):
     class Changed:
         description = "the text as it is today"
         files: ClassVar = {"tokenizer.json": json.loads(tokenizer.to_str())}

@@ -138,7 +138,7 @@ def test_a_resumed_run_falls_back_says_so_and_ends_as_the_whole_one(whole, copie
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_loss_of_an_older_checkpoint_does_not_keep_a_run_from_going_on(
+def test_a_damaged_loss_of_an_older_checkpoint_does_not_keep_a_run_from_resuming(
     how, copied, tmp_path
 ):
     folder = copied.run / "checkpoints"

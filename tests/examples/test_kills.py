@@ -190,11 +190,11 @@ def compare(kind, whole, killed, steps):
     assert_same(*states)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     killed_and_resumed("llama", tmp_path, len(MOMENTS))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("workload", KINDS)
-def test_a_run_that_is_killed_twenty_times_goes_on_bit_for_bit(workload, tmp_path):
+def test_a_run_that_is_killed_twenty_times_resumes_bit_for_bit(workload, tmp_path):
     killed_and_resumed(workload, tmp_path, 20)

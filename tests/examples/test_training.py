@@ -62,7 +62,7 @@ def interrupt_after(step, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [4, 6])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path, monkeypatch, stop):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, stop):
     """Also between checkpoints: params, optimizer state, data and key."""
     config = llama(tmp_path)
     train(config)
@@ -450,40 +450,45 @@ def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):
     assert singular.max() < 2 * singular.min()
 
 
-def two_processes(config):
-    """Runs `python -m examples.llama` in two processes; returns what each printed."""
+def processes(config, count, tmp_path, *flags):
+    """Runs `python -m examples.llama` in so many processes; returns the curve of losses."""
+    folder = tmp_path / f"run-of-{count}"
     command = [
-        sys.executable, "-m", "examples.llama", "--run", config.run, "--steps", "12",
+        sys.executable, "-m", "examples.llama", "--run", folder, "--steps", "12",
         "--batch-size", "8", "--length", "16", "--evaluate-every", "6", "--log-every", "1",
         "--validation-examples", "16", "--model.vocab-size", "300", "--model.dim", "16",
         "--model.hidden", "32", "--data.source", config.data.source, "--data.shuffle", "16",
-        "--data.cache", config.data.cache, "--learning-rate", "1e-3", "--fsdp", "2",
-        "--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2",
+        "--data.cache", tmp_path / "cache", "--learning-rate", "1e-3", *flags,
     ]  # fmt: skip
-    running = [
-        subprocess.Popen(
-            [*map(str, command), "--process", str(process)], cwd=ROOT, env=environment(),
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for process in range(2)
-    ]  # fmt: skip
+    port = free_port()
+    running = []
+    for process in range(count):
+        who = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
+               "--process", str(process)] if count > 1 else []  # fmt: skip
+        running.append(
+            subprocess.Popen(
+                [*map(str, command), *who], cwd=ROOT, env=environment(), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
     outputs = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(outputs)
-    return outputs
+    assert [process.returncode for process in running] == [0] * count, "\n".join(outputs)
+    return History.read(folder), outputs
 
 
 @pytest.mark.processes
-def test_two_processes_report_once_and_resume(tmp_path):
-    """That they make the losses of one is in test_elastic.py."""
+def test_two_processes_make_the_run_of_one(tmp_path):
     config = llama(tmp_path)
-    outputs = two_processes(config)
+    one, _ = processes(config, 1, tmp_path)
+    two, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
+    assert len(two.train_loss) == 12
+    np.testing.assert_allclose(two.train_loss, one.train_loss, rtol=1e-5)
+    np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
     assert "step 12 of 12" in outputs[0]
     assert "step" not in outputs[1]  # only one of them reports
-    before = History.read(config.run)
-    assert len(before.train_loss) == 12
-    folder = config.run / "checkpoints" / "12"
+    folder = tmp_path / "run-of-2" / "checkpoints" / "12"
     assert (folder / "data" / "process_1-of-2.json").exists()
     shutil.rmtree(folder)
-    outputs = two_processes(config)
+    again, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
     assert "resumes from step 6" in outputs[0]
-    assert History.read(config.run).train_loss == before.train_loss
+    assert again.train_loss == two.train_loss

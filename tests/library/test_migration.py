@@ -27,7 +27,7 @@ def wide(tree):
     )
 
 
-def go_on(optimizer, params, opt_state, steps):
+def take_steps(optimizer, params, opt_state, steps):
     update = jax.jit(optimizer.update)
     for t in steps:
         updates, opt_state = update(gradient(t, params), opt_state, params)
@@ -39,7 +39,7 @@ def go_on(optimizer, params, opt_state, steps):
 def in_progress(request):
     """Params and the state of AdamW after some steps."""
     params = {"a": jnp.linspace(-1, 1, 6, dtype=request.param), "b": jnp.ones((2, 3))}
-    return go_on(BASE, params, BASE.init(params), range(BEFORE))
+    return take_steps(BASE, params, BASE.init(params), range(BEFORE))
 
 
 def into(optimizer, params, adamw_state, **more):
@@ -55,13 +55,13 @@ def assert_close(found, expected, atol=1e-6):
 
 
 @pytest.mark.parametrize(("mu_x", "mu_y"), [(0.9, 0.0), (averaging.uniform(), 0.0), (0.0, 0.7)])
-def test_where_the_params_are_the_bases_they_go_on_as_adamws_would(mu_x, mu_y, in_progress):
+def test_where_the_params_are_the_bases_they_continue_as_adamws_would(mu_x, mu_y, in_progress):
     params, adamw_state = in_progress
     steps = range(BEFORE, BEFORE + AFTER)
     optimizer = gpa(BASE, mu_x, mu_y)
     opt_state = into(optimizer, params, adamw_state)
     form = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), opt_state)
-    found, opt_state = go_on(optimizer, params, opt_state, steps)
+    found, opt_state = take_steps(optimizer, params, opt_state, steps)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), opt_state) == form
     exact, its_state = wide(in_progress)  # as GPA's base sees them
     for t in steps:
@@ -70,7 +70,7 @@ def test_where_the_params_are_the_bases_they_go_on_as_adamws_would(mu_x, mu_y, i
     assert_close(iterates(opt_state, found).z, exact)
 
 
-def test_the_average_begins_at_the_change_or_goes_on_with_the_learning_rate(in_progress):
+def test_the_average_begins_at_the_change_or_continues_with_the_learning_rate(in_progress):
     params, adamw_state = in_progress
     for mu_x, count, expected in (
         (averaging.uniform(), 0, 1.0),
@@ -79,13 +79,13 @@ def test_the_average_begins_at_the_change_or_goes_on_with_the_learning_rate(in_p
         optimizer = gpa(BASE, mu_x, 0.7)
         opt_state = into(optimizer, params, adamw_state, count=jnp.asarray(count, jnp.int32))
         start = iterates(opt_state, params)
-        found, opt_state = go_on(optimizer, params, opt_state, [BEFORE])
+        found, opt_state = take_steps(optimizer, params, opt_state, [BEFORE])
         end = iterates(opt_state, found)
         for x, x_before, z in zip(*map(jax.tree.leaves, (end.x, start.x, end.z)), strict=True):
             np.testing.assert_allclose(x, x_before + expected * (z - x_before), atol=1e-6)
 
 
-def test_the_second_moment_goes_on_without_a_first(in_progress):
+def test_the_second_moment_continues_without_a_first(in_progress):
     params, adamw_state = in_progress
     optimizer = gpa_adamw(SCHEDULE, mu_x=0.0, mu_y=0.9, b1=0.0, b2=0.9, weight_decay=0.1)
     new = optimizer.init(params)
@@ -94,7 +94,7 @@ def test_the_second_moment_goes_on_without_a_first(in_progress):
     second = second._replace(count=adamw_state[0].count, nu=moments)
     assert jax.tree.structure(rest) == jax.tree.structure([*adamw_state[1:]])
     opt_state = new._replace(base_state=(second, *adamw_state[1:]))
-    found, opt_state = go_on(optimizer, params, opt_state, [BEFORE])
+    found, opt_state = take_steps(optimizer, params, opt_state, [BEFORE])
 
     exact = wide(params)
     bare = optax.adamw(SCHEDULE, b1=0.0, b2=0.9, weight_decay=0.1)
@@ -106,15 +106,15 @@ def test_the_second_moment_goes_on_without_a_first(in_progress):
 
 
 @pytest.mark.parametrize("where", ["x", "y"])
-def test_out_of_gpa_adamw_goes_on_with_the_moments_of_the_base(where, in_progress):
+def test_out_of_gpa_adamw_continues_with_the_moments_of_the_base(where, in_progress):
     params, adamw_state = in_progress
     optimizer = gpa(BASE, 0.9, 0.7)
     opt_state = into(optimizer, params, adamw_state)
-    params, opt_state = go_on(optimizer, params, opt_state, range(BEFORE, BEFORE + AFTER))
+    params, opt_state = take_steps(optimizer, params, opt_state, range(BEFORE, BEFORE + AFTER))
     start = eval_params(opt_state, params) if where == "x" else params
     state = opt_state.base_state
     assert state[0].count == BEFORE + AFTER
-    found, after = go_on(BASE, start, state, [BEFORE + AFTER])
+    found, after = take_steps(BASE, start, state, [BEFORE + AFTER])
 
     # AdamW's update by hand, from these moments and at this learning rate.
     t = BEFORE + AFTER

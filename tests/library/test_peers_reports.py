@@ -126,7 +126,7 @@ def test_a_learning_rate_of_zero_at_the_start_moves_no_bit_and_divides_nothing(m
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_uniform_average_of_narrow_params_goes_on_beyond_256_steps(dtype):
+def test_a_uniform_average_of_narrow_params_continues_beyond_256_steps(dtype):
     """The report: counted, or summed, in bfloat16 a number of steps stays at 256, and so does the
     weight of a step: x stops to follow, or follows too fast."""
     steps = 3000

@@ -67,7 +67,7 @@ def test_the_form_of_the_state_is_that_of_the_saved_one(release, name):
 
 
 @of_each_program
-def test_a_saved_state_is_read_and_goes_on_as_the_oracle_does(release, name):
+def test_a_saved_state_is_read_and_continues_as_the_oracle_does(release, name):
     leaves = RELEASES[release]
     program, state = programs()[name], restored(leaves, name)
     params, opt_state = state["params"], state["opt_state"]

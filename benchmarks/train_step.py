@@ -94,7 +94,8 @@ def main() -> int:
     config = TrainLlama(
         optimizer=flags.optimizer,
         settings=TrainLlama.preset_settings("tiny", flags.optimizer),
-        **TrainLlama.preset_values("tiny") | {"steps": flags.steps, "evaluate_every": flags.steps},
+        **TrainLlama.preset_values("tiny")
+        | {"steps": flags.steps, "evaluate_every": flags.steps, "validation_examples": 1},
     )
     with tempfile.TemporaryDirectory() as folder:
         loop, kinds = profile(dataclasses.replace(config, run=Path(folder, "run")), folder, console)

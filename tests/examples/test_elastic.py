@@ -60,6 +60,15 @@ def image_run(folder):
 
 
 RUNS = {"text": text_run, "images": image_run}
+# `text_run` as people type it.
+FLAGS = [
+    "--optimizer", "gpa-sgd", "--learning-rate", "0.02", "--warmup", "0.05", "--b1", "0.9",
+    "--schedule", "constant", "--average", "annealed", "--mu-x", "0.9", "--mu-y", "0.7",
+    "--batch-size", "16", "--accumulate", "2", "--length", "16", "--steps", STEPS,
+    "--evaluate-every", PART, "--keep", "10", "--log-every", "1", "--validation-examples", "16",
+    "--model.vocab-size", "300", "--model.dim", "16", "--model.hidden", "32",
+    "--model.unroll", "1", "--data.shuffle", "16",
+]  # fmt: skip
 # What the commands do with their flags, for a stored configuration.
 PROGRAM = """
 import json, sys
@@ -84,18 +93,31 @@ sys.exit(run_command(main))
 def start(config, count, devices=1, first="", heartbeat=25):
     """Starts the run in so many processes; `first` is what each does before, and `heartbeat` the
     seconds of silence after which the others take one for gone."""
-    address, running = f"127.0.0.1:{free_port()}", []
+    address = f"127.0.0.1:{free_port()}"
+    program = PROGRAM.replace("{first}", first).replace("{heartbeat}", f"{heartbeat}")
+    running = []
     for process in range(count):
         distributed = Distributed(True, address, count, process)
         stored = json.dumps(to_json(dataclasses.replace(config, distributed=distributed)))
-        program = PROGRAM.replace("{first}", first).replace("{heartbeat}", f"{heartbeat}")
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", program, config.workload, stored], cwd=ROOT, text=True,
-                env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
+        running.append(python(devices, "-c", program, config.workload, stored))
     return running
+
+
+def typed(config, count):
+    """Starts `text_run` in so many processes, by its command line."""
+    flags = [
+        *FLAGS, "--run", config.run, "--data.source", config.data.source,
+        "--data.cache", config.data.cache, "--fsdp", config.fsdp,
+        "--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--processes", count,
+    ]  # fmt: skip
+    return [python(1, "-m", "examples.llama", *flags, "--process", n) for n in range(count)]
+
+
+def python(devices, *arguments):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, text=True, env=environment(devices),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 def train_at(config, place, monkeypatch):
@@ -106,9 +128,15 @@ def train_at(config, place, monkeypatch):
         with on_devices(devices, monkeypatch):
             train(config)
         return
-    running = start(config, processes, devices)
+    text = config.workload == "llama"
+    running = typed(config, processes) if text else start(config, processes, devices)
     outputs = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0] * processes, outputs
+    reports = ["step" in output for output, _ in outputs]
+    assert reports == [True, *[False] * (processes - 1)], "only one of them reports"
+    data = config.run / "checkpoints" / str(STEPS) / "data"
+    positions = [f"process_{process}-of-{processes}.json" for process in range(processes)]
+    assert not text or sorted(path.name for path in data.glob("process_*")) == positions
 
 
 def cut(config, steps):

@@ -19,15 +19,17 @@ NAMES = ["minimal_llama", "minimal_vit"]
 def test_the_minimal_llama_learns(monkeypatch):
     from examples import minimal_llama
 
-    monkeypatch.setattr(minimal_llama, "EVALUATE_EVERY", 20)
+    for name, value in {"EVALUATE_EVERY": 20, "BATCH_SIZE": 8, "VALIDATION_SIZE": 16}.items():
+        monkeypatch.setattr(minimal_llama, name, value)
     losses = minimal_llama.main(steps=40, warmup_steps=8)
     assert losses[1] < losses[0] < 4.5  # of the 5.55 that a guess among 256 bytes has
     assert losses[1] < 3.6
 
 
-def test_the_minimal_vit_learns():
+def test_the_minimal_vit_learns(monkeypatch):
     from examples import minimal_vit
 
+    monkeypatch.setattr(minimal_vit, "BATCH_SIZE", 32)
     assert minimal_vit.main(steps=150, warmup_steps=30)[-1] > 0.6  # a guess is right in 0.1
 
 

@@ -5,14 +5,14 @@ import io
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from helpers.needs import TRAINER, needs
 
@@ -22,20 +22,18 @@ from rich.console import Console
 
 from examples import checkpoints, optimizers
 from examples.config import from_json, to_json
-from examples.files import read_json
+from examples.files import read_json, write_json
 from examples.llama.config import TrainLlama
 from examples.llama.data import TextData
 from examples.metrics import History, Report, records
-from examples.run_folder import start_over
+from examples.run_folder import check_run, start_over, to_store
 from examples.settings import NAMES, Settings, split
 from examples.vit.config import TrainViT
 from gpa_optax import iterates
-from helpers import ROOT, environment
 from helpers.loops import assert_same
 from helpers.programs import (
     SMALL,
     built,
-    free_port,
     llama,
     on_devices,
     saved,
@@ -228,10 +226,11 @@ def test_a_run_whose_schedule_depends_on_its_length_is_not_made_longer(
     tmp_path, settings, steps, says
 ):
     config = llama(tmp_path, settings=LASTING | settings)
-    train(config)
+    config.run.mkdir()
+    write_json(config.run / "config.json", to_store(config))
+    check_run(config)
     with pytest.raises(ValueError, match=says):
-        train(dataclasses.replace(config, steps=steps))
-    assert read_json(config.run / "config.json")["config"]["steps"] == 12
+        check_run(dataclasses.replace(config, steps=steps))
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path):
@@ -401,23 +400,42 @@ def test_the_smallest_presets_have_the_recipe_of_the_readme():
     assert (large.schedule, large.average) == ("cosine", "annealed")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_learns_a_batch_by_heart(name, tmp_path):
+@pytest.fixture(scope="module")
+def by_heart(tmp_path_factory):
+    """A model of one layer: its config, its first state, and the loss of a batch."""
     model = dataclasses.replace(SMALL, layers=1)
-    config = llama(tmp_path, optimizer=name, model=model, steps=80, settings={"sync_period": 4})
-    program, state, batch = built(config)
-    losses = []
-    for _ in range(80):
-        state, metrics = program.step(state, batch)
-        losses.append(float(metrics["loss"]))
-        if len(losses) == 55:  # at the end of the schedule x and y meet
-            x = program.optimizer.eval_params(state.opt_state, state.params)
-            same = jax.tree.map(lambda a, b: bool((a == b).all()), x, state.params)
-    x = program.optimizer.eval_params(state.opt_state, state.params)
-    rows = {"tokens": batch["tokens"][0], "mask": jnp.ones(8)}
-    loss = float(program.evaluate(x, rows)["loss"]) / 8
-    assert losses[0] == pytest.approx(np.log(300), abs=0.2)
-    assert loss < losses[0] - 1.0
+    config = llama(tmp_path_factory.mktemp("by_heart"), model=model)
+    _, state, batch = built(config)
+    graph = nnx.graphdef(config.task().new_model(nnx.Rngs(0)))
+
+    def loss(params):
+        rows = {"tokens": batch["tokens"][0]}
+        return config.task().metrics(nnx.merge(graph, params), rows, None)["loss"].mean()
+
+    return config, state.params, jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_learns_a_batch_by_heart(name, by_heart):
+    """With the gradients of one program for all, so that only their updates are compiled."""
+    config, params, value_and_grad = by_heart
+    settings = dataclasses.replace(config.preset_settings("tiny", name), sync_period=4)
+    optimizer = optimizers.named_optimizer(name, settings, 80)
+
+    @jax.jit
+    def step(params, opt_state, grads):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    first = float(value_and_grad(params)[0])
+    for done in range(1, 81):
+        params, opt_state = step(params, opt_state, value_and_grad(params)[1])
+        if done == 55:  # at the end of the schedule x and y meet
+            x = optimizer.eval_params(opt_state, params)
+            same = jax.tree.map(lambda a, b: bool((a == b).all()), x, params)
+    assert first == pytest.approx(np.log(300), abs=0.2)
+    assert value_and_grad(optimizer.eval_params(opt_state, params))[0] < first - 1.0
     plain = split(name)[0] == ""
     assert all(jax.tree.leaves(same)) == plain, "only a plain optimizer is evaluated at its params"
 
@@ -448,47 +466,3 @@ def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):
     np.testing.assert_allclose(updates[0][1], -updates[1][1], atol=1e-5)
     singular = np.linalg.svd(updates[0][0], compute_uv=False)
     assert singular.max() < 2 * singular.min()
-
-
-def processes(config, count, tmp_path, *flags):
-    """Runs `python -m examples.llama` in so many processes; returns the curve of losses."""
-    folder = tmp_path / f"run-of-{count}"
-    command = [
-        sys.executable, "-m", "examples.llama", "--run", folder, "--steps", "12",
-        "--batch-size", "8", "--length", "16", "--evaluate-every", "6", "--log-every", "1",
-        "--validation-examples", "16", "--model.vocab-size", "300", "--model.dim", "16",
-        "--model.hidden", "32", "--data.source", config.data.source, "--data.shuffle", "16",
-        "--data.cache", tmp_path / "cache", "--learning-rate", "1e-3", *flags,
-    ]  # fmt: skip
-    port = free_port()
-    running = []
-    for process in range(count):
-        who = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count),
-               "--process", str(process)] if count > 1 else []  # fmt: skip
-        running.append(
-            subprocess.Popen(
-                [*map(str, command), *who], cwd=ROOT, env=environment(), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * count, "\n".join(outputs)
-    return History.read(folder), outputs
-
-
-@pytest.mark.processes
-def test_two_processes_make_the_run_of_one(tmp_path):
-    config = llama(tmp_path)
-    one, _ = processes(config, 1, tmp_path)
-    two, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
-    assert len(two.train_loss) == 12
-    np.testing.assert_allclose(two.train_loss, one.train_loss, rtol=1e-5)
-    np.testing.assert_allclose(two.losses(), one.losses(), rtol=1e-5)
-    assert "step 12 of 12" in outputs[0]
-    assert "step" not in outputs[1]  # only one of them reports
-    folder = tmp_path / "run-of-2" / "checkpoints" / "12"
-    assert (folder / "data" / "process_1-of-2.json").exists()
-    shutil.rmtree(folder)
-    again, outputs = processes(config, 2, tmp_path, "--fsdp", "2")
-    assert "resumes from step 6" in outputs[0]
-    assert again.train_loss == two.train_loss

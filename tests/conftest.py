@@ -48,9 +48,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation(request):
-    """Programs of the trainer and of the recipes take longer to optimize than to run, so these
-    tests, and the processes that they start, do without."""
-    if not QUICKLY or request.path.parent.name not in ("examples", "benchmarks", "docs"):
+    """Most programs take longer to optimize than to run, so the tests, and the processes that they
+    start, do without. A module whose claims are about what optimization makes of a program, as
+    kernels and bits, says so: OPTIMIZED = True."""
+    if not QUICKLY or getattr(request.module, "OPTIMIZED", False):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

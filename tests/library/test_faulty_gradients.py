@@ -9,6 +9,8 @@ import pytest
 from benchmarks import oracle
 from gpa_optax import averaging, eval_params, gpa, iterates
 
+OPTIMIZED = True
+
 BAD = [np.nan, np.inf, -np.inf]
 STEPS = 12
 # Which steps have a bad gradient.

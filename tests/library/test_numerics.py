@@ -9,6 +9,8 @@ import pytest
 from gpa_optax import averaging, eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
 from helpers.loops import run
 
+OPTIMIZED = True
+
 LOW = [jnp.bfloat16, jnp.float16]
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,8 @@ from examples.llama.data import TextData
 from examples.metrics import History, Report, records
 from examples.run_folder import check_run, start_over, to_store
 from examples.settings import NAMES, Settings, split
+from examples.sharding import make_mesh
+from examples.train import accumulate, build
 from examples.vit.config import TrainViT
 from gpa_optax import iterates
 from helpers.loops import assert_same
@@ -244,8 +247,6 @@ def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path):
 
 
 def test_bfloat16_gradients_are_added_in_float32():
-    from examples.train import accumulate
-
     def value_and_grad(params, part, key):
         return jnp.float32(0), part
 
@@ -438,6 +439,15 @@ def test_every_optimizer_learns_a_batch_by_heart(name, by_heart):
     assert value_and_grad(optimizer.eval_params(opt_state, params))[0] < first - 1.0
     plain = split(name)[0] == ""
     assert all(jax.tree.leaves(same)) == plain, "only a plain optimizer is evaluated at its params"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_with_any_optimizer_keeps_the_shapes_and_dtypes_of_the_state(name, tmp_path):
+    config = llama(tmp_path, optimizer=name)
+    program = build(config, config.task(), make_mesh(1, jax.devices()[:1]))
+    with jax.set_mesh(program.mesh):
+        after, _ = jax.eval_shape(program.step, program.state, program.batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, program.state)
 
 
 def test_norms_do_not_decay_and_muon_takes_each_layers_matrices(tmp_path):

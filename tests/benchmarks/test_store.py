@@ -141,7 +141,7 @@ def test_a_study_that_is_killed_resumes_and_makes_nothing_twice(elsewhere, capfd
     before = cut.paths[0].read_text().splitlines()
     assert 2 <= len(before) < len(RUNS)
     capfd.readouterr()
-    make(cut, RUNS, 1, TRAIN, niceness=0)
+    make(cut, RUNS, 2, TRAIN, niceness=0)
     made = capfd.readouterr().out.splitlines()
     assert len(made) == len(RUNS) - len(before)
     assert all("50" in line and " in " in line for line in made)

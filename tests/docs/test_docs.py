@@ -98,7 +98,7 @@ def test_the_two_settings_of_the_choosing_page_are_what_it_says(names):
         found = run(names["optimizer"], names["params"], lambda t, params: params, steps + 1)
         wanted = run(expected, names["params"], lambda t, params: params, steps + 1)
         for ours, theirs in zip(ends(*found), ends(*wanted), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=3e-6)
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
         x, y = ends(*found)
         # At a learning rate of 0 both meet; at a constant one they stay apart.
         assert np.allclose(x, y, rtol=1e-6) == (expected is by_hand["annealed"])

@@ -28,7 +28,7 @@ from helpers.programs import free_port, llama, on_devices, train
 
 pytestmark = pytest.mark.processes
 
-STEPS, PART = 12, 4
+STEPS, PART = 16, 4
 # (processes, devices of each, devices that share a copy of the state)
 PLACES = {
     "1 device": (1, 1, 1), "2 devices": (1, 2, 1), "8 devices": (1, 8, 4), "2 processes": (2, 1, 2),
@@ -120,23 +120,29 @@ def python(devices, *arguments):
     )  # fmt: skip
 
 
-def train_at(config, place, monkeypatch):
-    """Trains to the end at a place, from where the run is."""
+def train_at(config, place, monkeypatch, done=0):
+    """Trains to the end at a place, from the checkpoint of step `done`."""
     processes, devices, fsdp = PLACES[place]
     config = dataclasses.replace(config, fsdp=fsdp)
     if processes == 1:
         with on_devices(devices, monkeypatch):
-            train(config)
+            assert_resumes_from(done, train(config))
         return
     text = config.workload == "llama"
     running = typed(config, processes) if text else start(config, processes, devices)
     outputs = [process.communicate(timeout=600) for process in running]
     assert [process.returncode for process in running] == [0] * processes, outputs
-    reports = ["step" in output for output, _ in outputs]
-    assert reports == [True, *[False] * (processes - 1)], "only one of them reports"
+    assert_resumes_from(done, outputs[0][0])
+    assert not any("step" in output for output, _ in outputs[1:]), "only one of them reports"
     data = config.run / "checkpoints" / str(STEPS) / "data"
     positions = [f"process_{process}-of-{processes}.json" for process in range(processes)]
     assert not text or sorted(path.name for path in data.glob("process_*")) == positions
+
+
+def assert_resumes_from(done, printed):
+    assert ("resumes from step" in printed) == (done > 0), printed
+    assert not done or f"resumes from step {done}." in printed, printed
+    assert f"step {STEPS} of {STEPS}" in printed
 
 
 def cut(config, steps):
@@ -160,8 +166,8 @@ def deviation(config, other):
 @pytest.mark.parametrize(
     ("kind", "places"),
     [
-        ("text", ["8 devices", "2 processes", "1 device"]),
-        ("images", ["2 processes", "2 devices", "8 devices"]),
+        ("text", ["8 devices", "2 processes", "2 processes", "1 device"]),
+        ("images", ["2 processes", "2 devices", "8 devices", "1 device"]),
     ],
 )
 def test_a_run_that_moves_makes_the_losses_of_one_that_stays(tmp_path, monkeypatch, kind, places):
@@ -171,7 +177,7 @@ def test_a_run_that_moves_makes_the_losses_of_one_that_stays(tmp_path, monkeypat
     for done, place in zip(range(0, STEPS, PART), places, strict=True):
         if done:
             cut(other, done)
-        train_at(other, place, monkeypatch)
+        train_at(other, place, monkeypatch, done)
     assert deviation(config, other) < 1e-6
     losses = [loss for _, loss in History.read(config.run).train_loss]
     assert losses[-1] < losses[0] - 0.01  # it does train
@@ -189,7 +195,7 @@ def test_a_run_moves_from_each_place_to_each_other(tmp_path, monkeypatch, kind):
         moved = dataclasses.replace(config, run=tmp_path / "moved")
         shutil.copytree(runs[before].run, moved.run)
         cut(moved, PART)
-        train_at(moved, after, monkeypatch)
+        train_at(moved, after, monkeypatch, PART)
         for place, run in runs.items():  # that stayed where they are
             found[before, after, place] = deviation(run, moved)
         shutil.rmtree(moved.run)

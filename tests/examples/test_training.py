@@ -230,10 +230,11 @@ def test_a_run_whose_schedule_depends_on_its_length_is_not_made_longer(
 ):
     config = llama(tmp_path, settings=LASTING | settings)
     config.run.mkdir()
-    write_json(config.run / "config.json", to_store(config))
+    write_json(config.run / "config.json", to_store(config))  # as when it starts
     check_run(config)
     with pytest.raises(ValueError, match=says):
-        check_run(dataclasses.replace(config, steps=steps))
+        train(dataclasses.replace(config, steps=steps))
+    assert read_json(config.run / "config.json")["config"]["steps"] == 12
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_batch(tmp_path):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Compiling is most of what the tests do. With XLA's older emitter of CPU kernels, in one piece
-# instead of many, it takes a fifth of the time. With COMPILE=fully programs are as users have them;
-# CI runs the tests of kills and moves so.
+# instead of many, it takes a fifth of the time. With COMPILE=fully programs are as users have them,
+# as in CI on the newest Python, and for kills and moves.
 QUICKLY = os.environ.get("COMPILE") != "fully"
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # XLA ends a process for a flag that it does not know. Those releases that have them:

@@ -15,7 +15,7 @@ from gpa_optax import gpa, gpa_adamw, single_worker_diloco
 from helpers import ROOT
 from helpers.needs import needs_cuda_plugin, needs_libtpu
 
-OPTIMIZED = True
+OPTIMIZED = True  # see quick_compilation in conftest.py
 
 SEQUENTIAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 SHAPES = {"embedding": (512, 256), "matrices": (4, 256, 512), "scale": (256,)}

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import oracle
 from gpa_optax import averaging, eval_params, gpa, iterates
 
-OPTIMIZED = True
+OPTIMIZED = True  # see quick_compilation in conftest.py
 
 BAD = [np.nan, np.inf, -np.inf]
 STEPS = 12

@@ -9,7 +9,7 @@ import pytest
 from gpa_optax import averaging, eval_params, gpa, gpa_adamw, iterates, single_worker_diloco
 from helpers.loops import run
 
-OPTIMIZED = True
+OPTIMIZED = True  # see quick_compilation in conftest.py
 
 LOW = [jnp.bfloat16, jnp.float16]
 

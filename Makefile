@@ -14,7 +14,7 @@
 #   make test-examples-oldest   the same for the examples
 #   make test-prereleases   runs the tests on what will be released next
 #   make audit         looks for known vulnerabilities in what is installed
-#   make optional      installs what some tests use and skip without: PyTorch, Fashion-MNIST
+#   make torch         installs PyTorch, and make fashion-mnist those images: some tests skip without
 #   make clients       trains with GPA in libraries that others wrote, each in an environment of its own;
 #                      ARGS="numpyro keras" those alone
 
@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: demo test bench docs notebooks lint build tables plans test-oldest test-examples-oldest test-prereleases audit \
-	optional clients clean
+	torch fashion-mnist clients clean
 
 demo: $(VENV)/examples
 	$(BIN)/python -m examples.compare llama $(ARGS)
@@ -102,8 +102,8 @@ audit: $(VENV)/dev
 	$(BIN)/python -m pip install --quiet --upgrade pip pip-audit
 	$(BIN)/pip-audit --skip-editable $(ARGS)
 
-# The CPU build of PyTorch, if there is one for this Python; Fashion-MNIST as Debian ships it.
-optional: $(VENV)/examples,test
+# The CPU build of PyTorch, if there is one for this Python.
+torch: $(VENV)/examples,test
 	if $(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --dest $(VENV)/torch \
 			'torch==2.13.0+cpu' 2>/dev/null; then \
 		$(BIN)/python -m pip install --quiet $(VENV)/torch/torch-*.whl schedulefree && \
@@ -111,6 +111,9 @@ optional: $(VENV)/examples,test
 	else \
 		echo "no CPU build of PyTorch for this Python here"; \
 	fi
+
+# As Debian ships it.
+fashion-mnist:
 	apt-get install --quiet --quiet --yes dataset-fashion-mnist >/dev/null 2>&1 || \
 		echo "no package dataset-fashion-mnist here"
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
@@ -53,6 +52,8 @@ def results_table(runs: Mapping[str, History], steps: int, baseline: str | None 
 
 def plot(runs: Mapping[str, History], path: Path, baseline: str | None = None) -> None:
     """Validation loss over steps; of a single run, its training loss too."""
+    from matplotlib.figure import Figure  # which takes half a second
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     lowest = []

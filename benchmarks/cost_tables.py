@@ -14,14 +14,14 @@ def updates(name: str) -> list[dict[str, Any]]:
     return (measured(name) or {"updates": []})["updates"]
 
 
-def on_the_cpu(scheduler: str, size: str = "llama-160m") -> list[dict[str, Any]]:
-    """The updates that were timed with a scheduler and a size."""
-    return [u for u in updates("update_cost") if (u["scheduler"], u["size"]) == (scheduler, size)]
+def on_the_cpu(size: str = "llama-160m") -> list[dict[str, Any]]:
+    """The updates that were timed at a size."""
+    return [u for u in updates("update_cost") if u["size"] == size]
 
 
 def cost_table() -> Table:
     """What an update costs: from the compilers' programs, and timed on the CPU."""
-    timed = {u["optimizer"]: u for u in on_the_cpu("default")}
+    timed = {u["optimizer"]: u for u in on_the_cpu()}
     compiled: dict[str, list[dict[str, Any]]] = {}
     for update in updates("compiled_cost"):
         if update["dtype"] == "float32":
@@ -47,25 +47,23 @@ def cost_table() -> Table:
         "state, bytes per parameter",
         "kernels per leaf (maximum over H100, TPU v5e, v5p, v6e)",
         "bytes moved per parameter on H100 (at least)",
-        "time on a CPU, `optax.adamw` = 1 (range over sizes and schedulers)",
+        "time on a CPU, `optax.adamw` = 1 (range over sizes)",
     )
     return headings, lines
 
 
 def timings_table() -> Table:
-    """Every size and scheduler: time over that of optax.adamw, and temporaries."""
+    """Every size: time over that of optax.adamw, and temporaries."""
     measured = updates("update_cost")
-    cells: dict[str, dict[tuple[str, str], str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for update in measured:
         temporary = update.get("temporary_bytes")
         more = f", {temporary / 2**20:.0f} MiB" if temporary and temporary > 2**20 else ""
-        where = update["size"], update["scheduler"]
-        cells.setdefault(update["optimizer"], {})[where] = f"{update['ratio'][1]:.2f}{more}"
-    places = list(dict.fromkeys((u["size"], u["scheduler"]) for u in measured))
-    places.sort(key=lambda place: place[1])
-    headings = ["", *(f"{size}, {scheduler}" for size, scheduler in places)]
-    return headings, [
-        [f"`{name}`", *(row.get(place, "") for place in places)] for name, row in cells.items()
+        cell = f"{update['ratio'][1]:.2f}{more}"
+        cells.setdefault(update["optimizer"], {})[update["size"]] = cell
+    sizes = list(dict.fromkeys(update["size"] for update in measured))
+    return ["", *sizes], [
+        [f"`{name}`", *(row.get(size, "") for size in sizes)] for name, row in cells.items()
     ]
 
 

@@ -112,7 +112,7 @@ def figures(store: Store) -> Iterator[tuple[str, Callable[[Any], Figure], Any]]:
     runs = settled(ingredients.mu_map, store) or {}
     losses = [(*point, store[run].loss) for point, run in runs.items()]
     yield "map", study.map_figure, losses
-    yield "update-cost", cost_tables.cost_figure, cost_tables.on_the_cpu("default")
+    yield "update-cost", cost_tables.cost_figure, cost_tables.on_the_cpu()
     evidence = evidence_tables.stored()
     yield "blocks", curves_figure, evidence_tables.curves(evidence)
     yield "length", evidence_tables.length_figure, evidence_tables.over_length(evidence)

@@ -1,10 +1,9 @@
 """What one update costs on this CPU, in time and memory: python -m benchmarks.update_cost
 
-Each optimizer takes turns with optax.adamw, so that both see the same machine; with XLA's default
-flags, and with its sequential scheduler, which keeps less in memory. All keep the memory of an
-update for the next, as the trainer of the examples does. Optimizers that synchronize with slow
-weights are timed over whole periods. PyTorch's AdamW and schedulefree are measured in the same way
-where they are installed. Writes benchmarks/results/update_cost.json.
+Each optimizer takes turns with optax.adamw, so that both see the same machine. All keep the memory
+of an update for the next, as the trainer of the examples does. Optimizers that synchronize with
+slow weights are timed over whole periods. PyTorch's AdamW and schedulefree are measured in the same
+way where they are installed. Writes benchmarks/results/update_cost.json.
 """
 
 import concurrent.futures
@@ -12,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import json
 import multiprocessing
 import os
@@ -45,10 +43,6 @@ from examples.files import write_json
 from examples.run_folder import to_store
 from planning.machines import amount
 
-SCHEDULERS = {
-    "default": "",
-    "sequential": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-}
 REFERENCE = "optax.adamw"
 
 
@@ -84,7 +78,6 @@ def main() -> int:
         **stored,
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "schedulers": SCHEDULERS,
         "meaning": {
             "load": "processes that ran on this machine on average in the minute before",
             "seconds": "quartiles of one update with donated float32 params and state",
@@ -102,41 +95,36 @@ def main() -> int:
     same = before.get("versions") == stored["versions"]
     measured = {kind: before[kind] if same else [] for kind in kinds}
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    for scheduler, size in itertools.product(SCHEDULERS, flags.sizes):
-        where = {"scheduler": scheduler, "size": size}
+    for size in flags.sizes:
         when = {"date": time.strftime("%Y-%m-%d"), "load": round(os.getloadavg()[0], 2)}
-        with console.status(f"{size}, {scheduler} scheduler"):
-            new = {"updates": in_process(scheduler, measure, size, flags.rounds)}
+        with console.status(size):
+            new = {"updates": in_process(measure, size, flags.rounds)}
             if size.endswith("/1000"):
-                new["compilations"] = in_process(
-                    scheduler, compile_in_turns, size, flags.compilations
-                )
-        console.print(show(f"{size}, {scheduler} scheduler", new["updates"]))
+                new["compilations"] = in_process(compile_in_turns, size, flags.compilations)
+        console.print(show(size, new["updates"]))
         for row in new.get("compilations", []):
             console.print(
                 f"To trace and compile {row['optimizer']}: {row['seconds'][1]:.1f} s, "
                 f"{row['ratio'][1]:.2f}x."
             )
         for kind, rows in new.items():
-            kept = [row for row in measured[kind] if row != row | where]
-            measured[kind] = kept + [{**where, **row, **when} for row in rows]
+            kept = [row for row in measured[kind] if row["size"] != size]
+            measured[kind] = kept + [{"size": size, **row, **when} for row in rows]
         write_json(flags.out, result | {kind: in_order(measured[kind]) for kind in kinds})
     console.print(f"All numbers: {flags.out}.")
     return 0
 
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """As if all had been measured in one go: by scheduler, and then by size."""
-    sizes = sorted({row["size"] for row in rows} - set(Config.sizes))
-    places = list(itertools.product(SCHEDULERS, (*Config.sizes, *sizes)))
-    return sorted(rows, key=lambda row: places.index((row["scheduler"], row["size"])))
+    """As if all had been measured in one go."""
+    sizes = [*Config.sizes, *sorted({row["size"] for row in rows} - set(Config.sizes))]
+    return sorted(rows, key=lambda row: sizes.index(row["size"]))
 
 
-def in_process(scheduler: str, function: Callable, *arguments: Any) -> Any:
-    """The function's result, from a process of its own: XLA reads its flags once."""
+def in_process(function: Callable, *arguments: Any) -> Any:
+    """The function's result, from a process of its own, which begins with nothing in memory."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": SCHEDULERS[scheduler],
         # PyTorch's threads would otherwise spin between its updates and take cores from XLA's.
         "OMP_WAIT_POLICY": "passive",
     }

@@ -281,14 +281,14 @@ def doubled(base: Setting) -> tuple[float, float]:
 # Without tuning: the rule against tuned AdamW in conditions other than those it was found in.
 SMALL = Workload().model
 CONDITIONS = {
+    "batches of 8": Run(1000, Workload(batch_size=8)),
+    "fine-tuning on docstrings": Run(300, Workload(text="docstrings", pretrained=True)),
+    "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),
+    "docstrings": Run(1000, Workload(text="docstrings")),
     "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
+    "a ConvNet with BatchNorm, ten epochs": Run(1600, ImageWorkload("convnet")),
     "eight layers": Run(500, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
     "batches of 128": Run(500, Workload(batch_size=128)),
-    "batches of 8": Run(1000, Workload(batch_size=8)),
-    "docstrings": Run(1000, Workload(text="docstrings")),
-    "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),
-    "a ConvNet with BatchNorm, ten epochs": Run(1600, ImageWorkload("convnet")),
-    "fine-tuning on docstrings": Run(300, Workload(text="docstrings", pretrained=True)),
 }
 # Where the search for AdamW's learning rate starts elsewhere.
 FIRST_RATES = {"fine-tuning on docstrings": (1e-3, 2e-3, 4e-3)}

@@ -124,10 +124,10 @@ def updates(folder: Path) -> Table:
                     one.name.partition(", ")[2],
                     f"`{name}`",
                     f"{1e3 * median:.3f} ({1e3 * low:.3f} to {1e3 * high:.3f})",
-                    f"{row['ratio'][1]:.2f}",
+                    f"{row['ratio'][1]:.2f}" if "ratio" in row else "",
                     f"{row['bytes_per_param']:.1f}",
                     f"{moved / median / 1e9:,.0f}",
-                    f"{row['share_of_copy']:.0%}",
+                    f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "",
                     "" if expected is None else f"{1e3 * expected:.3f}",
                 ]
             )

@@ -120,26 +120,32 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     rounds, row = (3, 0.005) if under.quick else (7, 0.1)
     times, failed = timing.take_turns(contenders, rounds, row, under.deadline)
 
-    copies = timing.quartiles(times.pop("copy"))
+    copies, baseline = times.pop("copy", None), times.get(jitted[0].name)
     size, paper = entries(params), expected(measurement, under.peaks)
     found = {
         "params": size,
         "leaves": len(jax.tree.leaves(params)),
-        "copy": {"bytes": 2 * copied, "seconds": copies},
         "failed_updates": failed,
         "updates": {},
     }
-    baseline = times.get(jitted[0].name, [])
+    if copies:
+        found["copy"] = {"bytes": 2 * copied, "seconds": timing.quartiles(copies)}
     for name, seconds in times.items():
         moved = paper[name]["bytes"]
-        found["updates"][name] = {
+        row = {
             "rounds": len(seconds),
             "seconds": timing.quartiles(seconds),
-            "ratio": timing.quartiles([a / b for a, b in zip(seconds, baseline, strict=False)]),
             "bytes_per_param": moved / size,
-            "share_of_copy": moved / (2 * copied) * copies[1] / timing.quartiles(seconds)[1],
             "predicted_seconds": paper[name]["seconds"],
         }
+        # Without what they compare with, which may have failed, the seconds still count.
+        if baseline:
+            ratios = [a / b for a, b in zip(seconds, baseline, strict=False)]
+            row["ratio"] = timing.quartiles(ratios)
+        if copies:
+            copy = found["copy"]
+            row["share_of_copy"] = moved / copy["bytes"] * copy["seconds"][1] / row["seconds"][1]
+        found["updates"][name] = row
     for one in jitted:
         if one.name in times:
             found["updates"][one.name] |= one.read(size)
@@ -241,27 +247,31 @@ def bars(found: dict[str, Any]) -> list[Bar]:
     judged = []
     for measurement, result in found.items():
         updates, where = result["updates"], measurement.removeprefix("adamw, ")
-        if GPA in updates:
-            if "float32" in where:
-                ratio = updates[GPA]["ratio"][1]
-                judged.append(Bar(f"{GPA} / {ADAMW}, {where}", 1.30, ratio))
-            share = updates[GPA]["share_of_copy"]
+        gpa, fused = updates.get(GPA, {}), updates.get(FUSED, {})
+        if "ratio" in gpa and "float32" in where:
+            judged.append(Bar(f"{GPA} / {ADAMW}, {where}", 1.30, gpa["ratio"][1]))
+        if "share_of_copy" in gpa:
+            share = gpa["share_of_copy"]
             judged.append(Bar(f"{GPA} / a copy's bandwidth, {where}", 0.90, share, at_most=False))
-        if FUSED in updates:
-            ratio = updates[FUSED]["ratio"][1]
+        if "ratio" in fused:
+            ratio = fused["ratio"][1]
             judged.append(Bar(f"{FUSED} / {ADAMW}, {where}", 1.0, ratio, at_most=False))
     return judged
 
 
 def told(result: dict[str, Any]) -> str:
     """The lines of progress of a measurement."""
-    lines = [f"a copy {result['copy']['bytes'] / result['copy']['seconds'][1] / 1e9:,.0f} GB/s"]
+    lines = []
+    if copy := result.get("copy"):
+        lines.append(f"a copy {copy['bytes'] / copy['seconds'][1] / 1e9:,.0f} GB/s")
     for name, row in result["updates"].items():
-        expected = row["predicted_seconds"]
-        said = "" if expected is None else f", {1e3 * expected:.3f} expected"
-        lines.append(
-            f"{name}: {1e3 * row['seconds'][1]:.3f} ms{said}, {row['ratio'][1]:.2f} times, "
-            f"{row['share_of_copy']:.0%} of a copy"
-        )
+        said = [f"{name}: {1e3 * row['seconds'][1]:.3f} ms"]
+        if (expected := row["predicted_seconds"]) is not None:
+            said.append(f"{1e3 * expected:.3f} expected")
+        if "ratio" in row:
+            said.append(f"{row['ratio'][1]:.2f} times")
+        if "share_of_copy" in row:
+            said.append(f"{row['share_of_copy']:.0%} of a copy")
+        lines.append(", ".join(said))
     lines += [f"{name}: {why}" for name, why in result["failed_updates"].items()]
     return "\n".join(lines)

@@ -145,6 +145,29 @@ def test_the_rehearsal_measures_every_update(rehearsed):
     assert rows["single_worker_diloco"]["bytes_per_param"] == pytest.approx(28.5, rel=scalars)
 
 
+def test_where_what_they_compare_with_fails_the_times_still_count(tmp_path, monkeypatch):
+    def out_of_memory():
+        raise MemoryError("out of memory")
+
+    def some(measurement, original=update.optax_updates):
+        found = original(measurement, only=(update.ADAMW, update.GPA))
+        monkeypatch.setattr(found[0], "prepare", out_of_memory)
+        return found
+
+    copy = SimpleNamespace(name="copy", multiple=1, prepare=out_of_memory, release=lambda: None)
+    monkeypatch.setattr(timing, "copy_of", lambda size: copy)
+    monkeypatch.setattr(update, "optax_updates", some)
+    monkeypatch.setattr(update, "TORCH_ADAMW", ())
+    under = Conditions(tmp_path, tmp_path, True, None, time.time() + 60, print)
+    found = {"adamw, tiny, float32": update.measure("adamw, tiny, float32", under)}
+    (result,) = found.values()
+    assert result["failed_updates"].keys() == {"copy", update.ADAMW}
+    assert result["updates"].keys() == {update.GPA}
+    assert result["updates"][update.GPA]["seconds"][1] > 0
+    assert update.bars(found) == []
+    assert update.GPA in update.told(result)
+
+
 def test_the_rehearsal_measures_steps(rehearsed):
     _, content = stored(rehearsed[0], "step")
     (found,) = content["measurements"].values()

@@ -302,7 +302,7 @@ def test_the_search_for_such_loads_finds_one(line):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MiB, and a function that sets its size."""
+    """A file system of 1 MiB, and a function that sets its size."""
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -314,7 +314,7 @@ def small_disk(tmp_path):
             pytest.skip(f"Mounting is not permitted: {found.stderr.strip()}")
 
     try:
-        mount("size=2m")
+        mount("size=1m")
     except FileNotFoundError:
         pytest.skip("There is no mount here.")
     yield disk, lambda size: mount(f"remount,size={size}")
@@ -327,7 +327,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_cause_and_leaves_a_good_check
     disk, resize = small_disk
     llama(tmp_path)  # writes the text
     command = [
-        sys.executable, "-m", "examples.llama", "--run", disk / "run", "--steps", "100",
+        sys.executable, "-m", "examples.llama", "--run", disk / "run", "--steps", "50",
         "--batch-size", "8", "--length", "16", "--evaluate-every", "5", "--keep", "30",
         "--validation-examples", "16", "--model.vocab-size", "300", "--model.dim", "16",
         "--model.hidden", "32", "--data.source", tmp_path / "text", "--data.cache",
@@ -351,7 +351,7 @@ def test_a_disk_that_is_full_ends_the_run_with_its_cause_and_leaves_a_good_check
     more = run()
     assert more.returncode == 0, more.stderr
     assert f"resumes from step {last}." in more.stdout
-    assert History.read(disk / "run").done == 100
+    assert History.read(disk / "run").done == 50
 
 
 def fill(path):

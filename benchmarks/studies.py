@@ -250,10 +250,10 @@ def octaves(centre: float) -> list[float]:
 
 
 # Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule brought nothing.
-def tuned_one_liners(run: Run, store: Store) -> list[Contrast]:
-    rates = octaves(usual_adamw(store, run).learning_rate)
-    settings = tuned_forms(store, run, ONE_LINER_FORMS, rates)
-    every = [tuned_adamw(store, run), *settings.values()]
+def tuned_one_liners(run: Run, store: Store, rates: Sequence[float] = OCTAVES) -> list[Contrast]:
+    usual, base = usual_adamw(store, run, rates), tuned_adamw(store, run, rates)
+    settings = tuned_forms(store, run, ONE_LINER_FORMS, octaves(usual.learning_rate))
+    every = [base, *settings.values()]
     return contrasts(settings, found_all(store, run, every, FRESH[:8]))
 
 
@@ -280,9 +280,10 @@ def doubled(base: Setting) -> tuple[float, float]:
 
 # Without tuning: the rule against tuned AdamW in conditions other than those it was found in.
 SMALL = Workload().model
+FINE_TUNING = "fine-tuning on docstrings"
 CONDITIONS = {
     "batches of 8": Run(1000, Workload(batch_size=8)),
-    "fine-tuning on docstrings": Run(300, Workload(text="docstrings", pretrained=True)),
+    FINE_TUNING: Run(300, Workload(text="docstrings", pretrained=True)),
     "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),
     "docstrings": Run(1000, Workload(text="docstrings")),
     "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
@@ -291,7 +292,7 @@ CONDITIONS = {
     "batches of 128": Run(500, Workload(batch_size=128)),
 }
 # Where the search for AdamW's learning rate starts elsewhere.
-FIRST_RATES = {"fine-tuning on docstrings": (1e-3, 2e-3, 4e-3)}
+FIRST_RATES = {FINE_TUNING: (1e-3, 2e-3, 4e-3)}
 
 
 LATE = {"schedule": "constant", "average": "lr-weighted", "step_power": 2.0, "start": 0.2}
@@ -438,7 +439,12 @@ STUDIES: dict[str, dict[str, Callable[[Store], list[Contrast]]]] = {
         name: functools.partial(against_tuned_adamw, run, forms)
         for name, (run, forms) in BLOCK_RUNS.items()
     },
-    "tuned": {"4,000 steps of 32": functools.partial(tuned_one_liners, Run(4000))},
+    "tuned": {
+        "4,000 steps of 32": functools.partial(tuned_one_liners, Run(4000)),
+        FINE_TUNING: functools.partial(
+            tuned_one_liners, CONDITIONS[FINE_TUNING], rates=FIRST_RATES[FINE_TUNING]
+        ),
+    },
     "length": {
         f"{steps:,} steps": functools.partial(
             against_tuned_adamw, Run(steps), UNTUNED | USUAL, seeds=seeds

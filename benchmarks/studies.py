@@ -285,9 +285,9 @@ CONDITIONS = {
     "batches of 8": Run(1000, Workload(batch_size=8)),
     FINE_TUNING: Run(300, Workload(text="docstrings", pretrained=True)),
     "a ViT, ten epochs": Run(1600, ImageWorkload("vit")),
+    "a ConvNet with BatchNorm, ten epochs": Run(1600, ImageWorkload("convnet")),
     "docstrings": Run(1000, Workload(text="docstrings")),
     "vocabulary of 4,096": Run(1000, Workload(dataclasses.replace(SMALL, vocab_size=4096))),
-    "a ConvNet with BatchNorm, ten epochs": Run(1600, ImageWorkload("convnet")),
     "eight layers": Run(500, Workload(dataclasses.replace(SMALL, layers=8, unroll=8))),
     "batches of 128": Run(500, Workload(batch_size=128)),
 }

@@ -68,7 +68,8 @@ def annealed_adamw(
     AdamW's. It is `gpa_adamw` with ``b1=0`` and `averaging.annealed`; use those for another
     schedule.
 
-    Start from twice the learning rate that is good for AdamW, with a fifth of the run as warmup.
+    Start from twice the learning rate that is good for AdamW, with a fifth of the run as warmup; in
+    fine-tuning from AdamW's own rate and warmup.
 
     Args:
       learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.
@@ -175,7 +176,7 @@ def anytime_adamw(
     float32 params the state is as large as AdamW's. It is `gpa_adamw` with ``b1=0`` and
     `averaging.lr_weighted`; use those for another schedule.
 
-    Start from twice the learning rate that is good for AdamW.
+    Start from twice the learning rate that is good for AdamW; in fine-tuning from AdamW's own.
 
     Args:
       learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.

@@ -293,13 +293,14 @@ def length_figure(panels: Panels) -> Figure:
 
 
 def brief(store: Store) -> Table:
-    """For the README: what the one-liners gain by the length of the run and in large batches, and
-    by chance."""
-    conditions = [(f"{name} of 32", found) for name, found in complete("length", store)]
-    have = {name for name, _ in conditions}
-    conditions += [(name, found) for name, found in complete("blocks", store) if name not in have]
+    """For the README: what the one-liners gain by the length of the run, in large batches and in
+    conditions not used in development, and by chance."""
+    conditions = {f"{name} of 32": found for name, found in complete("length", store)}
+    for study in ("blocks", "transfer"):
+        for name, found in complete(study, store):
+            conditions.setdefault(name, found)
     lines = []
-    for condition, contrasts in conditions:
+    for condition, contrasts in conditions.items():
         named = {contrast.name: contrast for contrast in contrasts}
         cells = []
         for name in ONE_LINERS:

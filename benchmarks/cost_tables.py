@@ -14,9 +14,9 @@ def updates(name: str) -> list[dict[str, Any]]:
     return (measured(name) or {"updates": []})["updates"]
 
 
-def on_the_cpu(size: str = "llama-160m") -> list[dict[str, Any]]:
-    """The updates that were timed at a size."""
-    return [u for u in updates("update_cost") if u["size"] == size]
+def on_the_cpu() -> list[dict[str, Any]]:
+    """The updates that were timed on the params of the largest size."""
+    return [u for u in updates("update_cost") if u["size"] == "llama-160m"]
 
 
 def cost_table() -> Table:

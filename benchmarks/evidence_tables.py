@@ -27,7 +27,15 @@ from benchmarks.statistics import (
     trend,
 )
 from benchmarks.store import Store, settled
-from benchmarks.studies import ONE_LINER_FORMS, ONE_LINERS, STUDIES, TUNING, UNTUNED, Contrast
+from benchmarks.studies import (
+    CONDITIONS,
+    ONE_LINER_FORMS,
+    ONE_LINERS,
+    STUDIES,
+    TUNING,
+    UNTUNED,
+    Contrast,
+)
 from examples.llama.model import Llama, LlamaConfig
 from examples.plots import COLOURS
 
@@ -134,22 +142,25 @@ def run_cells(runs: Sequence[Result]) -> list[str]:
 def tuning(store: Store) -> Table:
     """The tuning trials of AdamW and of the one-liners, the best first, in each run."""
     tuned = {"adamw", *(optimizer for optimizer, _ in ONE_LINER_FORMS.values())}
-    groups: dict[tuple[int, int, str], dict[tuple[float, float], dict[int, float]]] = {}
+    names = {(run.steps, run.workload): name for name, run in CONDITIONS.items()}
+    groups: dict[tuple[int, str, str], dict[tuple[float, float], dict[int, float]]] = {}
     for result in store:
         member = result.member
-        plain = member.workload.changes().keys() <= {"batch_size"} and not member.knobs
-        if member.seed in TUNING and member.optimizer in tuned and plain:
-            key = (member.steps, member.workload.batch_size, member.optimizer)
+        plain = member.workload.changes().keys() <= {"batch_size"}
+        if member.seed in TUNING and member.optimizer in tuned and not member.knobs:
+            steps = f"{member.steps:,} steps of {member.workload.batch_size}"
+            run = steps if plain else names[member.steps, member.workload]
+            key = (member.steps, run, member.optimizer)
             setting = member.learning_rate, member.warmup
             groups.setdefault(key, {}).setdefault(setting, {})[member.seed] = result.final
     lines = []
-    for (steps, batch, optimizer), cell in sorted(groups.items()):
+    for (_, run, optimizer), cell in sorted(groups.items()):
         ordered = sorted(cell.items(), key=lambda item: np.mean([*item[1].values()]))
         for (rate, warmup), finals in ordered:
             first = finals is ordered[0][1]
             losses = [f"{finals[seed]:.4f}" if seed in finals else "" for seed in TUNING]
-            names = (f"{steps:,} steps of {batch}", optimizer) if first else ("", "")
-            lines.append([*names, f"{rate:.2g}", f"{warmup:.0%}", *losses])
+            what = (run, optimizer) if first else ("", "")
+            lines.append([*what, f"{rate:.2g}", f"{warmup:.0%}", *losses])
     headings = ("", "", "learning rate", "warmup", *(f"loss, seed {seed}" for seed in TUNING))
     return headings, lines
 

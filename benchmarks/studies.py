@@ -249,7 +249,7 @@ def octaves(centre: float) -> list[float]:
     return [float(f"{centre * factor:.3g}") for factor in (0.5, 1, 2)]
 
 
-# Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule brought nothing.
+# Tuned: what the one-liners bring when they are tuned as AdamW is, where the rule did not win.
 def tuned_one_liners(run: Run, store: Store, rates: Sequence[float] = OCTAVES) -> list[Contrast]:
     usual, base = usual_adamw(store, run, rates), tuned_adamw(store, run, rates)
     settings = tuned_forms(store, run, ONE_LINER_FORMS, octaves(usual.learning_rate))
@@ -370,8 +370,8 @@ def confirmed(store: Store) -> list[Contrast]:
     )
     behind = np.mean(
         [
-            [mean_final(one.contender) - mean_final(one.baseline) for one in contrasts]
-            for contrasts in screens.values()
+            [mean_final(one.contender) - mean_final(one.baseline) for one in found]
+            for found in screens.values()
         ],
         axis=0,
     )

@@ -125,6 +125,7 @@ def in_process(function: Callable, *arguments: Any) -> Any:
     """The function's result, from a process of its own, which begins with nothing in memory."""
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
         # PyTorch's threads would otherwise spin between its updates and take cores from XLA's.
         "OMP_WAIT_POLICY": "passive",
     }

@@ -176,7 +176,7 @@ def anytime_adamw(
     float32 params the state is as large as AdamW's. It is `gpa_adamw` with ``b1=0`` and
     `averaging.lr_weighted`; use those for another schedule.
 
-    Start from twice the learning rate that is good for AdamW; in fine-tuning from AdamW's own.
+    Start from twice the learning rate that is good for AdamW. In fine-tuning take `annealed_adamw`.
 
     Args:
       learning_rate: the peak :math:`\eta_{\max}`, a positive number; may be traced.

@@ -117,8 +117,8 @@ def measure(measurement: str, under: Conditions) -> dict[str, Any]:
     contenders = [timing.copy_of(copied), *jitted]
     if family == "adamw":
         contenders += [TorchUpdate(name, params, dtype) for name in TORCH_ADAMW]
-    rounds, row = (3, 0.005) if under.quick else (7, 0.1)
-    times, failed = timing.take_turns(contenders, rounds, row, under.deadline)
+    rounds, turn = (3, 0.005) if under.quick else (7, 0.1)
+    times, failed = timing.take_turns(contenders, rounds, turn, under.deadline)
 
     copies, baseline = times.pop("copy", None), times.get(jitted[0].name)
     size, paper = entries(params), expected(measurement, under.peaks)

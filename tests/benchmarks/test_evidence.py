@@ -98,13 +98,16 @@ def test_every_condition_comes_to_contrasts_of_pairs_on_seeds_that_tuned_nothing
 
 
 def test_the_three_lowest_of_the_screen_are_confirmed():
+    # In the mean of both lengths; at 4,000 steps alone their order would be another.
     best = {"annealed, mu_y 0.8": -0.3, "annealed, mu_y 0.95": -0.2, "anytime, mu_y 0.96": -0.1}
+    more = {1000: {"annealed, mu_y 0.8": -0.3}, 4000: {"annealed, mu_y 0.8": 0.3}}
 
     def loss(member):
         forms = [(name, knobs) for name, (optimizer, knobs) in studies.SCREEN.items()
                  if optimizer == member.optimizer]  # fmt: skip
         name = next((n for n, knobs in forms if dict(member.knobs) == knobs), "")
-        return bowl(8e-3)(member) + best.get(name, 0.0)
+        there = more.get(member.steps, {}).get(name, 0.0)
+        return bowl(8e-3)(member) + best.get(name, 0.0) + there
 
     contrasts, _ = Imagined(loss).finish(studies.confirmed)
     assert [contrast.name for contrast in contrasts] == [*best, "Schedule-Free"]

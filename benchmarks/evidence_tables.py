@@ -31,6 +31,7 @@ from benchmarks.studies import (
     CONDITIONS,
     ONE_LINER_FORMS,
     ONE_LINERS,
+    SIZES,
     STUDIES,
     TUNING,
     UNTUNED,
@@ -142,7 +143,8 @@ def run_cells(runs: Sequence[Result]) -> list[str]:
 def tuning(store: Store) -> Table:
     """The tuning trials of AdamW and of the one-liners, the best first, in each run."""
     tuned = {"adamw", *(optimizer for optimizer, _ in ONE_LINER_FORMS.values())}
-    names = {(run.steps, run.workload): name for name, run in CONDITIONS.items()}
+    runs = CONDITIONS | {name: run for name, (run, *_) in SIZES.items()}
+    names = {(run.steps, run.workload): name for name, run in runs.items()}
     groups: dict[tuple[int, str, str], dict[tuple[float, float], dict[int, float]]] = {}
     for result in store:
         member = result.member

@@ -64,8 +64,8 @@ params = eval_params(opt_state, params)  # start again from the average
 after_head = loss(params, task)
 assert all(jnp.array_equal(params["body"][name], body[name]) for name in body)
 
-# Then all of it, with a lower learning rate. These params are not what the last optimizer left
-# behind, so the new one starts with init, where x = y = z = params.
+# Then all of it, with a lower learning rate and a short warmup. These params are not what the last
+# optimizer left behind, so the new one starts with init, where x = y = z = params.
 optimizer = annealed_adamw(2e-3, 200, 10)
 for iterate in iterates(optimizer.init(params), params):
     assert all(map(jnp.array_equal, jax.tree.leaves(iterate), jax.tree.leaves(params)))

@@ -441,6 +441,9 @@ def test_a_table_has_what_was_measured_beside_what_was_expected(rehearsed, tmp_p
         measured = content["measurements"]
         content["measurements"] = {names.get(name, name): measured[name] for name in measured}
         content["measurements"].pop("muon, tiny, bfloat16", None)
+        if part == "update":  # as where the copy and AdamW, which it is compared with, failed
+            row = content["measurements"]["adamw, 160m, float32"]["updates"]["lookahead(adamw)"]
+            del row["ratio"], row["share_of_copy"]
         (tmp_path / path.name).write_text(json.dumps(content))
     step_found = stored(tmp_path, "step")[1]["measurements"]["160m, 16 sequences"]
     step_found["sequences"] = 16

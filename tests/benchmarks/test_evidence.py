@@ -188,6 +188,20 @@ def test_the_table_has_a_line_for_each_contender_and_says_what_it_saves():
     assert by_seed == ["", "annealed_adamw", ", ".join(f"{2.9 + 1e-3 * s:.3f}" for s in FRESH[:8])]
 
 
+def test_every_trial_that_a_study_tunes_by_has_its_place_in_the_table_of_trials():
+    made = {}
+    for conditions in STUDIES.values():
+        for condition in conditions.values():
+            results = Imagined(bowl(8e-3))
+            results.finish(condition)
+            made |= results
+    headings, lines = evidence_tables.tuning(made.values())
+    assert all(len(line) == len(headings) for line in lines)
+    named = {line[0] for line in lines}
+    assert {*studies.CONDITIONS, *studies.SIZES} - named == {"batches of 8", "batches of 128"}
+    assert {"1,000 steps of 8", "500 steps of 128"} <= named
+
+
 def test_a_prediction_takes_three_conditions():
     results = Imagined(bowl(8e-3))
     assert evidence_tables.prediction(results).startswith("Fewer than three")
